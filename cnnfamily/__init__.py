@@ -1,0 +1,37 @@
+"""cnnfamily: the classic convolutional networks in JAX and Flax, exact to their papers, trained by one loop.
+
+    models/      the networks: layers.py, one file a family; convolution.py chooses how a convolution is computed
+    data/        sources.py (what images), batches.py (which, when), augment.py (changed how), feed.py (onto the devices)
+    step.py      the mathematics of one update; losses.py, optim.py and rng.py belong to it
+    train.py     the loop; parallel.py (devices), checkpoint.py, runlog.py and progress.py serve it
+    evaluate.py  figures of a run; summary.py counts; scaling.py width, depth and resolution; config.py reads configs/
+
+Imports run one way: models know nothing of training, and the step knows no disk.
+"""
+
+import importlib
+
+# Public name -> module. Resolved on first use: `import cnnfamily` stays quick, and `python -m cnnfamily.summary` does not find
+# its own module imported already.
+_PUBLIC = {
+    "list_models": "models",
+    "model_config": "models",
+    "build": "models",
+    "create_model": "models",
+    "summarize": "summary",
+    "load_config": "config",
+    "run_training": "train",
+    "load_run": "evaluate",
+}
+__all__ = list(_PUBLIC)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'cnnfamily' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"cnnfamily.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

@@ -1,0 +1,137 @@
+"""Configs: Python files that return an `ml_collections.ConfigDict`, flat overrides on top, and the checks before a run."""
+
+import ast
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cnnfamily.errors import UsageError, unknown
+from cnnfamily.models import model_config
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# These belong to the data and the machine, not to the network: they stay when config.model.name is set to another.
+_KEPT_FIELDS = ("num_classes", "dtype", "norm_group")
+
+
+def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The config of `"FILE.py[:ARG]"` with flat overrides such as `{"model.width": 1.4}`; locked.
+
+    FILE is looked for from the working directory, then in the repository. An override may be a value or, as from the command
+    line, its text. Overriding `model.name` takes the fields of that network, but for what belongs to the data.
+
+    Raises:
+      UsageError: no such file, argument, key or network (the nearest is suggested), or a value of another type.
+    """
+    name, _, argument = path.partition(":")
+    file = next((found for found in (Path(name), REPOSITORY / name) if found.is_file()), None)
+    if file is None:
+        raise unknown("config file", name, _known_configs())
+    config = _import(file.resolve()).get_config(argument)
+    override(config, overrides or {})
+    return config.lock()
+
+
+def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
+    """Sets flat `{"group.key": value}` in place, each value in the type that its key has; `model.name` first."""
+    for key, value in sorted(overrides.items(), key=lambda item: item[0] != "model.name"):
+        group, parts = config, key.split(".")
+        for depth, part in enumerate(parts):
+            if not isinstance(group, ConfigDict) or part not in group:
+                kind = f"field of {config.model.name}" if parts[0] == "model" and depth else "config key"
+                known = sorted(group) if isinstance(group, ConfigDict) else []
+                raise unknown(kind, part if depth and kind != "config key" else key, _prefixed(parts[:depth], known, kind))
+            group, parent = group[part], group
+        if isinstance(group, ConfigDict):
+            raise UsageError(f"config.{key}={value!r}: it is a group; expected one of its keys: {', '.join(sorted(group))}")
+        value = _typed(key, value, group)
+        if key == "model.name" and value != config.model.name:
+            fields = model_config(value)
+            with config.unlocked():
+                kept = {field: config.model[field] for field in _KEPT_FIELDS if field in fields and field in config.model}
+                fields.update(kept)
+                config.model = fields
+        else:
+            parent[parts[-1]] = value
+
+
+def _prefixed(parts: list[str], names: Iterable[str], kind: str) -> list[str]:
+    return list(names) if kind != "config key" else [".".join([*parts, name]) for name in names]
+
+
+def _typed(key: str, value: Any, present: Any) -> Any:
+    """`value` in the type of the key's present value; text (from a command line) is read as that type."""
+    kind = type(present)
+    found = value
+    if isinstance(value, str) and kind is not str:
+        try:
+            found = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+        except (ValueError, SyntaxError):
+            found = value
+    if kind is tuple and isinstance(found, int | float | str) and found != value:
+        found = (found,)
+    if kind is tuple and isinstance(found, list):
+        found = tuple(found)
+    if kind is float and type(found) is int:
+        found = float(found)
+    if kind is int and type(found) is float and found.is_integer():  # 1e3
+        found = int(found)
+    if type(found) is not kind:
+        raise UsageError(f"config.{key}={value!r}: expected {kind.__name__}, as in {present!r}")
+    if kind is float and found != found:
+        raise UsageError(f"config.{key}={value!r}: expected a number")
+    return found
+
+
+def _import(file: Path) -> ModuleType:
+    """Runs a config file; the root of its repository and ours are on the path, so that it can import its neighbours."""
+    for root in (str(file.parent.parent), str(REPOSITORY)):
+        if root not in sys.path:
+            sys.path.insert(0, root)
+    spec = importlib.util.spec_from_file_location(f"cnnfamily_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"config file {file.name}: expected a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UsageError(f"config file {file}, line {error.lineno}: {error.msg}") from error
+    if not hasattr(module, "get_config"):
+        raise UsageError(f"config file {file}: expected a function get_config(arg) that returns a ConfigDict")
+    return module
+
+
+def _known_configs() -> list[str]:
+    return sorted(f"configs/{file.name}" for file in (REPOSITORY / "configs").glob("*.py") if file.stem != "__init__")
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"group.key": value}` of a config or of its JSON, tuples as lists, so that the two compare equal."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.loads(json.dumps(value))
+    return flat
+
+
+def to_json(config: ConfigDict) -> str:
+    """A config as JSON text; `from_json` gives it back equal, types included."""
+    return json.dumps(config.to_dict(), indent=1)
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote, locked."""
+
+    def restore(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: restore(item) for key, item in value.items()}
+        return tuple(restore(item) for item in value) if isinstance(value, list) else value
+
+    return ConfigDict(restore(json.loads(text))).lock()

@@ -1,0 +1,51 @@
+"""Which images a step takes: pure functions of (seed, step), so a resumed run needs no stored position.
+
+Plain NumPy: the choice is the same for any number of devices, processes and workers.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from cnnfamily.errors import UsageError
+
+# Keeps this stream apart from others drawn from the same seed. Not zero: SeedSequence takes (s, e) and (s, e, 0) for
+# the same entropy.
+ORDER_PURPOSE = 1
+
+
+# Two, because the steps of two epochs alternate where batches are prepared ahead.
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of the n training images in an epoch: a read-only int32 permutation [n]."""
+    order = np.random.default_rng((seed, epoch, ORDER_PURPOSE)).permutation(n).astype(np.int32)
+    order.flags.writeable = False
+    return order
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Full batches in n images; what is left over is left out, other images each epoch."""
+    if not 1 <= batch_size <= n:
+        raise UsageError(f"batch_size={batch_size}; expected 1 to {n}, for there are {n} training images")
+    return n // batch_size
+
+
+def train_indices(seed: int, step: int, n: int, batch_size: int) -> np.ndarray:
+    """The dataset indices, int32 [batch_size], of global step `step`, counted from 0 over all epochs."""
+    epoch, step_in_epoch = divmod(int(step), steps_per_epoch(n, batch_size))
+    start = step_in_epoch * batch_size
+    return epoch_order(seed, epoch, n)[start : start + batch_size]
+
+
+def eval_batches(n: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches (index int32, mask bool), both [batch_size], whose true entries are 0..n-1, each once and in order.
+
+    The last is filled up with index 0 and mask False, so that every batch has one shape and no example is left out.
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch_size={batch_size}; expected at least 1")
+    for start in range(0, n, batch_size):
+        index = np.arange(start, start + batch_size, dtype=np.int32)
+        mask = index < n
+        yield np.where(mask, index, np.int32(0)), mask

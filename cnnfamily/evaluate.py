@@ -1,0 +1,98 @@
+"""Evaluation: `python -m cnnfamily.evaluate --workdir=DIR` gives a training run's last figures again."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from cnnfamily import checkpoint, errors, losses, models, optim, parallel, runlog
+from cnnfamily.data import feed
+from cnnfamily.step import TrainState, create_state, eval_step
+
+Evaluator = Callable[[dict, str], dict[str, float | int]]
+
+
+def make_evaluator(network: nn.Module, test: feed.TestFeed) -> Evaluator:
+    """A function of (variables, prefix) that evaluates the whole test split: `{prefix}loss`, `top1`, `top5`, `ece`, `examples`.
+
+    Every example is seen once on any number of devices; the count is checked.
+    """
+    step = functools.partial(eval_step, network=network, view=test.view)
+    compiled = parallel.map_over_devices(step, test.mesh, batch_axis=0, outputs=1)
+
+    def evaluate(variables: dict, prefix: str) -> dict[str, float | int]:
+        sums = [jax.device_get(compiled(variables, batch, test.store)) for batch in test.batches()]
+        # On the host in float64, so that the figure of a large split does not depend on how it was cut.
+        total = {name: np.sum([np.asarray(part[name], np.float64) for part in sums], axis=0) for name in sums[0]}
+        expected = len(test.split.labels)
+        assert total["examples"] == expected, f"evaluated {total['examples']} examples, expected {expected}"
+        return losses.evaluation_metrics(total, prefix)
+
+    return evaluate
+
+
+def evaluate_state(evaluator: Evaluator, state: TrainState) -> dict[str, float | int]:
+    """`test_*` of the parameters and, where the state averages them, `ema_test_*` beside it."""
+    metrics = evaluator({"params": state.params, "batch_stats": state.batch_stats}, "test_")
+    return metrics | (evaluator(state.ema, "ema_test_") if state.ema else {})
+
+
+def fresh_state(config: ConfigDict, schedule: Callable | None = None) -> tuple[nn.Module, object, TrainState]:
+    """The network, the optimizer and the state before the first step that a config describes.
+
+    Raises:
+      UsageError: the network cannot take the images of `config.data`.
+    """
+    network = models.build(config.model)
+    optimizer = optim.make_optimizer(config.optim, schedule or (lambda step: 0.0))
+    resolution = config.data.resolution or config.model.resolution
+    key = jax.random.key(config.seed, impl="threefry2x32")
+    variables = models.initialize(network, key, resolution=resolution)
+    return network, optimizer, create_state(variables, optimizer, ema=config.ema.decay > 0)
+
+
+def load_run(workdir: str | Path, *, which: str = "newest") -> tuple[nn.Module, dict, ConfigDict]:
+    """The network of a training run, its variables and its config: `network.apply(variables, images)`.
+
+    The variables are the averaged ones where the run averaged, of the "newest" or the "best" checkpoint.
+
+    Raises:
+      UsageError: no run there, or no checkpoint yet.
+    """
+    network, state, config = load_state(Path(workdir), which=which)
+    variables = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
+    return network, variables, config
+
+
+def load_state(workdir: Path, *, which: str) -> tuple[nn.Module, TrainState, ConfigDict]:
+    """The network, whole training state and config of a run; errors as `load_run`."""
+    config = runlog.read_config(workdir)
+    network, _, state = fresh_state(config)
+    return network, checkpoint.restore_state(workdir / "checkpoints", state, which=which), config
+
+
+def evaluate_run(workdir: str | Path, *, which: str = "newest") -> dict[str, float | int]:
+    """The figures of a run's checkpoint on the test split of its own data set."""
+    network, state, config = load_state(Path(workdir), which=which)
+    mesh = parallel.data_mesh()
+    evaluator = make_evaluator(network, feed.TestFeed(feed.load_data(config), config, mesh))
+    metrics = evaluate_state(evaluator, parallel.replicate(state, mesh))
+    return {"step": int(state.step), **metrics}
+
+
+def main(argv: list[str]) -> None:
+    parser = errors.argument_parser("cnnfamily.evaluate", __doc__)
+    parser.add_argument("--workdir", required=True, help="the directory of a training run")
+    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest")
+    arguments = parser.parse_args(argv)
+    parallel.initialize()
+    print(json.dumps(evaluate_run(arguments.workdir, which=arguments.checkpoint)))
+
+
+if __name__ == "__main__":
+    errors.run_command(main)

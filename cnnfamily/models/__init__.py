@@ -1,0 +1,95 @@
+"""The networks: one file a family, with the table of its variants at the end; this is all of them by name."""
+
+import dataclasses
+import fnmatch
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from cnnfamily.errors import UsageError, unknown
+from cnnfamily.models import efficientnet, lenet, resnet
+
+# name -> (module class, the fields in which this variant differs from the class's defaults)
+NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    **lenet.VARIANTS,
+    **resnet.VARIANTS,
+    **efficientnet.VARIANTS,
+}
+_NOT_CONFIG = ("parent", "name", "axis_name")  # linen's own, and what only the training loop knows
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the networks that match a shell pattern such as "resnet*", sorted."""
+    return sorted(fnmatch.filter(NETWORKS, pattern))
+
+
+def model_config(name: str) -> ConfigDict:
+    """Every field of a network with its value, and `name`: what `config.model` holds.
+
+    Raises:
+      UsageError: no network has this name; the nearest is suggested.
+    """
+    if name not in NETWORKS:
+        raise unknown("model", name, list_models())
+    network_class, row = NETWORKS[name]
+    fields = [field for field in dataclasses.fields(network_class) if field.name not in _NOT_CONFIG]
+    return ConfigDict({"name": name, **{field.name: row.get(field.name, field.default) for field in fields}})
+
+
+def build(config: ConfigDict) -> nn.Module:
+    """The linen module that `config` (as from `model_config`, and as `config.model` holds it) describes.
+
+    Raises:
+      UsageError: no such network or field (the nearest is suggested), or a value of another type.
+    """
+    values = {key: _frozen(value) for key, value in config.items()}
+    name = values.pop("name", "")
+    defaults = model_config(name)
+    for key, value in values.items():
+        if key not in defaults:
+            raise unknown(f"field of {name}", key, sorted(defaults))
+        if isinstance(defaults[key], float) and type(value) is int:
+            values[key] = value = float(value)
+        if type(value) is not type(defaults[key]):
+            raise UsageError(f"{name}.{key}={value!r}: expected {type(defaults[key]).__name__}, as in {defaults[key]!r}")
+    if values.get("dtype", "float32") not in DTYPES:
+        raise unknown("dtype", values["dtype"], DTYPES)
+    network_class, row = NETWORKS[name]
+    return network_class(**{**row, **values})
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+    """The network `name` with some fields changed: `create_model("resnet50", num_classes=10)`.
+
+    Raises:
+      UsageError: as `build`.
+    """
+    return build(ConfigDict({"name": name, **overrides}))
+
+
+def initialize(network: nn.Module, key: jax.Array, *, resolution: int = 0) -> dict:
+    """Fresh variables `{"params", "batch_stats"}` for images of `resolution` pixels square (0: the network's own).
+
+    The values of `network.init(key, images)`, without computing the forward pass; see `initializers`.
+    """
+    resolution = resolution or network.resolution
+    shape = (1, resolution, resolution, network.in_channels)
+    images = jax.ShapeDtypeStruct(shape, jnp.promote_types(jnp.float32, network.dtype))
+    variables = {"batch_stats": {}}
+
+    def keep_variables(images):
+        variables.update(network.init(key, images))  # known values, not tracers: the key is known and layers use `parameter`
+
+    jax.eval_shape(keep_variables, images)
+    if any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(variables)):  # some layer does not
+        return {"batch_stats": {}, **jax.jit(network.init)(key, jnp.zeros(images.shape, images.dtype))}
+    return jax.tree.map(jnp.asarray, variables)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists (which JSON makes of tuples) as tuples: a linen module's fields must be hashable."""
+    return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value

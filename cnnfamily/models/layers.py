@@ -1,0 +1,231 @@
+"""Layers that the families share. A network binds dtype, normalisation and padding once and hands them to its blocks.
+
+Parameters and batch statistics are float32 (float64 where `dtype` is float64); `dtype` is the arithmetic between them.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+
+from cnnfamily import rng
+from cnnfamily.errors import UsageError, unknown
+from cnnfamily.models import initializers
+from cnnfamily.models.convolution import convolution
+from cnnfamily.models.initializers import parameter
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "relu6": nn.relu6,
+    "silu": nn.silu,
+    "hard_swish": nn.hard_swish,
+    "tanh": jnp.tanh,
+    "sigmoid": nn.sigmoid,
+    "identity": lambda x: x,
+}
+
+
+def choose(kind: str, name: str, choices: dict | Sequence[str]):
+    """`choices[name]`, or the name itself from a sequence; a `UsageError` naming the nearest for one that does not exist."""
+    if name not in choices:
+        raise unknown(kind, name, choices)
+    return choices[name] if isinstance(choices, dict) else name
+
+
+def check_images(images: jax.Array, in_channels: int, smallest: int) -> None:
+    """Refuses a batch of another rank or channel count, or with sides below `smallest` pixels."""
+    if images.ndim != 4 or images.shape[-1] != in_channels:
+        raise UsageError(
+            f"images of shape {tuple(images.shape)}: expected [batch, height, width, {in_channels}]; "
+            f"field in_channels sets another number of channels"
+        )
+    if min(images.shape[1:3]) < smallest:
+        raise UsageError(
+            f"images of {images.shape[1]} x {images.shape[2]} pixels are smaller than this network can take: "
+            f"expected {smallest} x {smallest} or more (data.resolution)"
+        )
+
+
+def parameter_dtype_of(dtype: str) -> jnp.dtype:
+    """Of parameters, statistics and logits when the arithmetic is in `dtype`."""
+    return jnp.promote_types(jnp.float32, dtype)
+
+
+class Conv(nn.Module):
+    """Convolution of `[batch, height, width, channels]` with a square HWIO kernel.
+
+    `padding` is "symmetric" (torch: (kernel - 1) // 2 on each side), "same" (TensorFlow: the smallest that gives
+    ceil(size / stride), the odd pixel at the far end) or "valid"; the first two differ where the stride is 2.
+    """
+
+    filters: int
+    kernel: int
+    stride: int = 1
+    padding: str = "symmetric"
+    groups: int = 1
+    bias: bool = False
+    kernel_init: Callable | None = None
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        channels, parameter_dtype = x.shape[-1], parameter_dtype_of(self.dtype)
+        shape = (self.kernel, self.kernel, channels // self.groups, self.filters)
+        kernel = parameter(self, "kernel", self.kernel_init or initializers.he_fan_out(self.groups), shape, parameter_dtype)
+        if choose("padding", self.padding, ("symmetric", "same", "valid")) == "symmetric":
+            padding = ((self.kernel - 1) // 2,) * 2, ((self.kernel - 1) // 2,) * 2
+        else:
+            padding = lax.padtype_to_pads(x.shape[1:3], shape[:2], (self.stride,) * 2, self.padding.upper())
+        y = convolution(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            stride=(self.stride,) * 2,
+            padding=tuple(tuple(pair) for pair in padding),
+            groups=self.groups,
+        )
+        if self.bias:
+            bias = parameter(self, "bias", initializers.zeros, (self.filters,), parameter_dtype)
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class Linear(nn.Module):
+    """Affine map of `[..., inputs]` to `[..., units]`."""
+
+    units: int
+    kernel_init: Callable = initializers.uniform_fan_out
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        parameter_dtype = parameter_dtype_of(self.dtype)
+        kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.units), parameter_dtype)
+        bias = parameter(self, "bias", initializers.zeros, (self.units,), parameter_dtype)
+        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+
+def logits(x: jax.Array) -> jax.Array:
+    """Class scores leave the network in float32 (float64 where it computes in that)."""
+    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over groups of the global batch (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167).
+
+    `group` is the number of examples that share statistics, 0 for the whole batch. It counts in the global batch: where
+    `axis_name` is mapped over devices, a group that fits a device needs no communication and a larger one is reduced over the
+    devices that hold it, so the function does not depend on the number of devices. The running statistics take the mean over
+    the groups; those of one device are averaged over devices by the training step, once for all layers. `momentum` is the
+    share of the old value that is kept (torch's momentum is 1 minus it), the variance is the biased one (torch stores the
+    unbiased).
+    """
+
+    train: bool
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    group: int = 0
+    axis_name: str | None = None
+    scale_init: Callable = initializers.ones
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        parameter_dtype, shape = parameter_dtype_of(self.dtype), (x.shape[-1],)
+        scale = parameter(self, "scale", self.scale_init, shape, parameter_dtype)
+        bias = parameter(self, "bias", initializers.zeros, shape, parameter_dtype)
+        running_mean = self.variable("batch_stats", "mean", np.zeros, shape, parameter_dtype)
+        running_var = self.variable("batch_stats", "var", np.ones, shape, parameter_dtype)
+        wide = x.astype(parameter_dtype)
+        if self.train:
+            grouped, mean, var = self._statistics(wide)
+            if not self.is_initializing():
+                keep = self.momentum
+                running_mean.value = keep * running_mean.value + (1 - keep) * mean.mean(axis=(0, 1, 2, 3))
+                running_var.value = keep * running_var.value + (1 - keep) * var.mean(axis=(0, 1, 2, 3))
+        else:
+            grouped, mean, var = wide, running_mean.value, running_var.value
+        y = (grouped - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
+        return y.reshape(x.shape).astype(self.dtype)
+
+    def _statistics(self, x):
+        """x as `[groups, examples, height, width, channels]`, mean and variance as `[groups, 1, 1, 1, channels]`."""
+        local = x.shape[0]
+        devices = lax.axis_size(self.axis_name) if self.axis_name else 1
+        group = self.group or local * devices
+        if (local * devices) % group or (local % group and group % local):
+            raise UsageError(
+                f"batch-norm groups of {group} examples (model.norm_group) do not divide a batch of "
+                f"{local * devices} in {devices} x {local}: expected a divisor of it that divides, or is a multiple of, {local}"
+            )
+        x = x.reshape(-1, min(group, local), *x.shape[1:])
+        mean = x.mean(axis=(1, 2, 3), keepdims=True)
+        # Two passes: E[x^2] - E[x]^2 loses all digits where the mean is large beside the deviation.
+        var = jnp.square(x - mean).mean(axis=(1, 2, 3), keepdims=True)
+        if group > local:  # one collective: gather each device's moments and combine them without cancellation
+            members = [list(range(i, i + group // local)) for i in range(0, devices, group // local)]
+            means, variances = lax.all_gather(jnp.stack([mean, var]), self.axis_name, axis_index_groups=members, axis=1)
+            mean = means.mean(axis=0)
+            var = (variances + jnp.square(means - mean)).mean(axis=0)
+        return x, mean, var
+
+
+class SqueezeExcite(nn.Module):
+    """Channel attention: global mean, two 1x1 convolutions with bias, a gate (Hu et al. 2018, https://arxiv.org/abs/1709.01507)."""
+
+    squeezed: int
+    activation: Callable = nn.relu
+    gate: Callable = nn.sigmoid
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        mean = x.mean(axis=(1, 2), keepdims=True, dtype=parameter_dtype_of(self.dtype))
+        hidden = self.activation(Conv(self.squeezed, 1, bias=True, dtype=self.dtype, name="reduce")(mean))
+        return x * self.gate(Conv(x.shape[-1], 1, bias=True, dtype=self.dtype, name="expand")(hidden))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array, position: jax.Array) -> jax.Array:
+    """Zeroes each unit of `[batch, ...]` with probability `rate` and scales the others by 1 / (1 - rate).
+
+    The mask of an example depends on its `position` `[batch]` in the global batch alone (Srivastava et al. 2014).
+    """
+    keep = rng.example_uniform(key, position, x.shape[1:]) < 1 - rate
+    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def drop_rates(rate: float, blocks: int, schedule: str) -> tuple[float, ...]:
+    """Probability that stochastic depth drops each of `blocks` residual branches.
+
+    "l/L": rate * l / L with l from 1, the last block at `rate` (Huang et al. 2016, https://arxiv.org/abs/1603.09382, eq. 4).
+    "i/N": rate * i / N with i from 0, the first block never dropped (the EfficientNet code).
+    """
+    first = {"l/L": 1, "i/N": 0}
+    return tuple(rate * (i + choose("stochastic-depth schedule", schedule, first)) / blocks for i in range(blocks))
+
+
+def keep_scales(network: nn.Module, blocks: int, train: bool, position: jax.Array) -> list[jax.Array | None]:
+    """For each residual block the factor `[batch, 1, 1, 1]` of its branch: 0 if dropped, else 1 / (1 - drop rate).
+
+    Reads the fields `stochastic_depth` (rate), `stochastic_depth_form` and `stochastic_depth_schedule` of `network`, and the
+    random stream of that name. Form "example": every example drops or keeps for itself. None stands for a branch that always
+    runs: outside training, and where the rate is 0.
+    """
+    form = choose("stochastic-depth form", network.stochastic_depth_form, ("example", "none"))
+    rates = drop_rates(network.stochastic_depth, blocks, network.stochastic_depth_schedule)
+    if not 0 <= network.stochastic_depth < 1:
+        raise UsageError(f"stochastic_depth={network.stochastic_depth}: expected a rate from 0 to below 1")
+    if not train or form == "none" or not any(rates):
+        return [None] * blocks
+    draws = rng.example_uniform(network.make_rng("stochastic_depth"), position, (blocks,))
+    return [
+        jnp.where(draws[:, i] < 1 - rate, 1 / (1 - rate), 0.0).reshape(-1, 1, 1, 1) if rate else None
+        for i, rate in enumerate(rates)
+    ]
+
+
+def scale_branch(branch: jax.Array, keep: jax.Array | None) -> jax.Array:
+    """A residual branch times its factor from `keep_scales`."""
+    return branch if keep is None else branch * keep.astype(branch.dtype)

@@ -1,0 +1,107 @@
+"""Optimizers and schedules from optax, as the papers' codes have them."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from cnnfamily.errors import UsageError, unknown
+
+OPTIMIZERS = ("sgd", "rmsprop", "adamw")
+SCHEDULES = ("constant", "cosine", "steps", "exponential", "linear")
+
+
+def duration(config: ConfigDict, name: str, steps_per_epoch: int) -> float:
+    """`{name}_epochs` or `{name}_steps` of a config, in steps; both set is an error, neither is 0."""
+    epochs, steps = config[f"{name}_epochs"], config[f"{name}_steps"]
+    if epochs and steps:
+        raise UsageError(f"{name}_epochs={epochs} and {name}_steps={steps} are both set: expected one of the two to be 0")
+    return steps or epochs * steps_per_epoch
+
+
+def learning_rate_schedule(config: ConfigDict, *, total_steps: int, steps_per_epoch: int, batch_size: int) -> Callable:
+    """Learning rate as a function of the step, from `config.optim`: linear warm-up from 0, then the schedule.
+
+    The peak is `learning_rate` at `reference_batch` examples a step and grows in proportion to the batch (Goyal et al. 2017,
+    https://arxiv.org/abs/1706.02677); with `reference_batch` 0 it is as given. Steps and exponential count from the first
+    step, warm-up covering their beginning without shifting it, as in the EfficientNet and torchvision codes; cosine and
+    linear fall from where warm-up ends.
+    """
+    if config.schedule not in SCHEDULES:
+        raise unknown("schedule", config.schedule, SCHEDULES)
+    peak = config.learning_rate * (batch_size / config.reference_batch if config.reference_batch else 1.0)
+    warmup = round(duration(config, "warmup", steps_per_epoch))
+    if warmup >= total_steps:
+        raise UsageError(f"warm-up of {warmup} steps: expected fewer than the run's {total_steps}")
+    rest = total_steps - warmup
+    if config.schedule == "constant":
+        main = optax.constant_schedule(peak)
+    elif config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, rest, alpha=config.end_factor)
+    elif config.schedule == "linear":
+        main = optax.linear_schedule(peak, peak * config.end_factor, rest)
+    else:
+        main = _staircase(config, peak, steps_per_epoch)
+    if config.schedule in ("cosine", "linear"):
+        return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup]) if warmup else main
+    return lambda step: jnp.where(step < warmup, peak * step / max(warmup, 1), main(step))
+
+
+def _staircase(config: ConfigDict, peak: float, steps_per_epoch: int) -> Callable:
+    """The peak times `decay_factor` at each of the boundaries ("steps"), or every so many epochs or steps ("exponential")."""
+    if config.schedule == "exponential":
+        every = duration(config, "decay", steps_per_epoch)
+        if not every:
+            raise UsageError("optim.schedule='exponential': expected optim.decay_epochs or optim.decay_steps above 0")
+        return optax.exponential_decay(peak, every, config.decay_factor, staircase=config.decay_staircase)
+    if config.boundaries_epochs and config.boundaries_steps:
+        raise UsageError("optim.boundaries_epochs and optim.boundaries_steps are both set: expected one of the two")
+    boundaries = config.boundaries_steps or [round(epoch * steps_per_epoch) for epoch in config.boundaries_epochs]
+    return optax.piecewise_constant_schedule(peak, dict.fromkeys(boundaries, config.decay_factor))
+
+
+def decayed(params) -> dict:
+    """Which parameters weight decay acts on: kernels; not biases, nor scales and biases of norms."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def make_optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTransformation:
+    """The optimizer of `config.optim` with clipping first and weight decay on kernels alone.
+
+    `sgd` and `rmsprop` add weight_decay * w to the gradient; `adamw` decays the weights themselves (Loshchilov and Hutter 2019,
+    https://arxiv.org/abs/1711.05101).
+    `rmsprop` is that of the EfficientNet code: epsilon inside the root, mean square starting at 1, momentum after the
+    learning rate.
+    """
+    if config.name not in OPTIMIZERS:
+        raise unknown("optimizer", config.name, OPTIMIZERS)
+    chain = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    if config.name != "adamw" and config.weight_decay:
+        chain.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
+    if config.name == "sgd":
+        chain.append(optax.sgd(schedule, momentum=config.momentum or None, nesterov=config.nesterov))
+    elif config.name == "rmsprop":
+        chain.append(
+            optax.rmsprop(
+                schedule,
+                decay=config.beta2,
+                eps=config.epsilon,
+                initial_scale=1.0,
+                eps_in_sqrt=True,
+                momentum=config.momentum or None,
+            )
+        )
+    else:
+        chain.append(
+            optax.adamw(
+                schedule,
+                config.momentum,
+                config.beta2,
+                eps=config.epsilon,
+                weight_decay=config.weight_decay,
+                mask=decayed,
+            )
+        )
+    return optax.chain(*chain)

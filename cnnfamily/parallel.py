@@ -1,0 +1,66 @@
+"""Devices and processes: one mesh with the axis `data`, and the step mapped over it.
+
+One code path serves a laptop, several GPUs and several hosts; on a cluster that JAX detects (Slurm, Open MPI, Cloud TPU,
+Kubernetes) every process runs the same command.
+"""
+
+import os
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXIS = "data"
+# Environment variables that a launcher of several processes sets, with their number; jax.distributed reads the rest itself.
+_PROCESS_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+
+
+def initialize() -> None:
+    """Joins the other processes of a launcher such as `srun`, before any device is used; alone it does nothing."""
+    if not jax.distributed.is_initialized() and any(int(os.environ.get(name) or 1) > 1 for name in _PROCESS_COUNTS):
+        jax.distributed.initialize()
+
+
+def data_mesh() -> Mesh:
+    """All devices of all processes in one row. Auto: linen's modules fail under the Explicit axes that are JAX's default."""
+    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def map_over_devices(step: Callable, mesh: Mesh, *, batch_axis: int, outputs: int, donate: bool = False) -> Callable:
+    """Compiles `step(state, batch, store)`, written for one device, for all: `batch` is cut along `batch_axis`.
+
+    Everything else is the same on all devices, before and after. `check_vma=False`: the step reduces its gradients itself, and
+    under True they would arrive summed already, which Adam hides and SGD does not.
+    """
+    cut = PartitionSpec(*[None] * batch_axis, AXIS)
+    whole = PartitionSpec()
+    mapped = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(whole, cut, whole),
+        out_specs=(whole,) * outputs if outputs > 1 else whole,
+        check_vma=False,
+    )
+    return jax.jit(mapped, donate_argnums=(0,) if donate else ())
+
+
+def place(arrays: dict[str, np.ndarray], mesh: Mesh, *, batch_axis: int | None) -> dict[str, jax.Array]:
+    """Host arrays, which every process holds whole, on the devices: cut along `batch_axis`, or copied to each if None."""
+    spec = PartitionSpec() if batch_axis is None else PartitionSpec(*[None] * batch_axis, AXIS)
+    sharding = NamedSharding(mesh, spec)
+    return {
+        name: jax.make_array_from_callback(array.shape, sharding, lambda where, array=array: array[where])
+        for name, array in arrays.items()
+    }
+
+
+def replicate(tree, mesh: Mesh):
+    """A tree of arrays, the same in every process, copied to all devices."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def copy(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda where: x[where])
+
+    return jax.tree.map(copy, tree)

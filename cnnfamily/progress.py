@@ -1,0 +1,66 @@
+"""What a run shows while it runs: one live line on a terminal, plain lines elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Report:
+    """The live line (step, epoch, loss, accuracy, images a second, time left) and the lines that stay.
+
+    Only the first process speaks. `quiet` leaves nothing but what is returned.
+    """
+
+    def __init__(self, *, total_steps: int, first_step: int, quiet: bool = False):
+        self._speaks = not quiet and jax.process_index() == 0
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._live = None
+        self._total, self._first = total_steps, first_step
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._speaks:
+            self._console.print(text, markup=False)
+
+    @contextlib.contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        """Says what takes long while it does: a turning sign on a terminal, a line before and after elsewhere."""
+        if not self._speaks:
+            yield
+            return
+        start = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            if self._console.is_terminal and not self._live:
+                stack.enter_context(self._console.status(f"{text} ..."))
+            else:
+                self.say(f"{text} ...")
+            yield
+        self.say(f"{text}: {time.monotonic() - start:.1f} s")
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """Keeps the live line on a terminal for as long as the context lasts."""
+        if not (self._speaks and self._console.is_terminal):
+            yield
+            return
+        columns = (
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        )
+        with Progress(*columns, console=self._console, transient=True, refresh_per_second=4) as self._live:
+            self._task = self._live.add_task("", total=self._total, completed=self._first)
+            yield
+        self._live = None
+
+    def update(self, step: int, epoch: float, loss: float, top1: float, images_per_second: float) -> None:
+        """Renews the live line."""
+        if self._live:
+            text = f"epoch {epoch:.1f}  loss {loss:.4f}  top-1 {top1:.1%}  {images_per_second:,.0f} images/s"
+            self._live.update(self._task, completed=step, description=text)

@@ -1,0 +1,136 @@
+"""The mathematics of one update, and of one batch of an evaluation, written for one device of the mapped axis `data`.
+
+A batch is a dictionary of arrays `[micro-batches, examples, ...]`: `index` (place in the dataset), `position` (place in the
+global batch), and `images` (uint8) and `labels` unless the whole split lies in `store`. Positions follow the global order and a
+micro-batch is a contiguous part of it, so crops, masks and batch-norm groups are those of one device on any number of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import lax
+
+from cnnfamily import losses, rng
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a run carries from step to step; `ema` is `{"params", "batch_stats"}`, or empty without averaging."""
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any
+
+
+def create_state(variables: dict, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
+    """The state before the first step. The averages are copies: a donated buffer must not be shared."""
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    averages = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), averages)
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    store: dict[str, jax.Array],
+    *,
+    network: nn.Module,
+    optimizer: optax.GradientTransformation,
+    view: Callable[[jax.Array, jax.Array], jax.Array],
+    seed: int,
+    label_smoothing: float = 0.0,
+    ema_decay: float = 0.0,
+    ema_warmup: bool = False,
+    axis_name: str = "data",
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update, and its metrics `loss`, `top1` and `grad_norm`, means over the global batch.
+
+    Args:
+      view: (keys `[examples]`, uint8 images) to what the network sees: augmentation and normalisation.
+      ema_warmup: limits the decay to (1 + step) / (10 + step), as TensorFlow's averages do when given the step.
+    """
+    rngs = {
+        "stochastic_depth": rng.step_key(seed, state.step, rng.STOCHASTIC_DEPTH),
+        "dropout": rng.step_key(seed, state.step, rng.DROPOUT),
+    }
+    augment_key = rng.step_key(seed, state.step, rng.AUGMENT)
+
+    def loss_and_updates(params, micro):
+        images = view(rng.example_keys(augment_key, micro["position"]), _take(store, micro, "images"))
+        labels = _take(store, micro, "labels")
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updates = network.apply(
+            variables, images, train=True, position=micro["position"], rngs=rngs, mutable=["batch_stats"]
+        )
+        targets = losses.smooth(labels, logits.shape[1], label_smoothing, logits.dtype)
+        loss = losses.cross_entropy(logits, targets).mean()
+        top1 = losses.hits(logits, labels, 1).astype(jnp.float32).mean()
+        return loss, (updates.get("batch_stats", {}), top1)
+
+    def add_micro_batch(total, micro):
+        # Every micro-batch starts from the same running statistics and their mean is kept: as if it were one batch in groups.
+        (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_and_updates, has_aux=True)(state.params, micro)
+        return jax.tree.map(jnp.add, total, (grads, batch_stats, loss, top1)), None
+
+    zero = jax.tree.map(jnp.zeros_like, (state.params, state.batch_stats))
+    zero = (*zero, jnp.zeros((), _loss_dtype(state)), jnp.zeros((), jnp.float32))
+    total, _ = _accumulate(add_micro_batch, zero, batch)
+    # One reduction for everything that devices must agree on. Under check_vma=False gradients are still local here.
+    total = lax.pmean(total, axis_name)
+    grads, batch_stats, loss, top1 = jax.tree.map(lambda x: x / batch["position"].shape[0], total)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema_decay:
+        step = state.step.astype(jnp.float32)
+        decay = jnp.minimum(ema_decay, (1 + step) / (10 + step)) if ema_warmup else jnp.float32(ema_decay)
+        new = {"params": params, "batch_stats": batch_stats}
+        ema = jax.tree.map(lambda old, x: old + (1 - decay).astype(x.dtype) * (x - old), ema, new)
+    metrics = {"loss": loss, "top1": top1, "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
+
+
+def _accumulate(add: Callable, carry: Any, batch: dict[str, jax.Array]) -> tuple[Any, None]:
+    """`lax.scan(add, carry, batch)`; on CPU unrolled, because XLA does not optimise convolutions inside a loop there."""
+    if batch["position"].shape[0] == 1:
+        return add(carry, jax.tree.map(lambda x: x[0], batch))
+
+    def unrolled(carry, batch):
+        for i in range(batch["position"].shape[0]):
+            carry, _ = add(carry, jax.tree.map(lambda x, i=i: x[i], batch))
+        return carry, None
+
+    def scanned(carry, batch):
+        return lax.scan(add, carry, batch)
+
+    return lax.platform_dependent(carry, batch, cpu=unrolled, default=scanned)
+
+
+def _loss_dtype(state: TrainState) -> jnp.dtype:
+    return jnp.result_type(*jax.tree.leaves(state.params))
+
+
+def _take(store: dict[str, jax.Array], batch: dict[str, jax.Array], name: str) -> jax.Array:
+    return batch[name] if name in batch else jnp.take(store[name], batch["index"], axis=0)
+
+
+def eval_step(
+    variables: dict,
+    batch: dict[str, jax.Array],
+    store: dict[str, jax.Array],
+    *,
+    network: nn.Module,
+    view: Callable[[jax.Array], jax.Array],
+    axis_name: str = "data",
+) -> dict[str, jax.Array]:
+    """Sums over one evaluation batch (`losses.evaluation_sums`) in which `mask` `[examples]` marks what is no padding."""
+    logits = network.apply(variables, view(_take(store, batch, "images")), train=False)
+    sums = losses.evaluation_sums(logits, _take(store, batch, "labels"), batch["mask"])
+    return lax.psum(sums, axis_name)

@@ -1,0 +1,105 @@
+"""Parameters and multiply-adds of a network, from shapes alone: `python -m cnnfamily.summary [MODEL ...] [--layers] [--json]`.
+
+The convention is that of the papers' tables: a parameter is anything trained (batch statistics are not); a multiply-add is one
+weight of a convolution or linear layer used at one output position, padded positions included, biases, normalisation and
+activations not.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from cnnfamily import errors
+from cnnfamily.models import create_model, list_models
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A module that owns parameters: its path, kind, output shape `(height, width, channels)` or `(units,)`, and counts."""
+
+    name: str
+    kind: str
+    output: tuple[int, ...]
+    params: int
+    macs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Exact counts of a network for one image of `resolution` pixels square."""
+
+    name: str
+    resolution: int
+    params: int
+    macs: int
+    layers: tuple[Layer, ...]
+
+
+def summarize(network: str | nn.Module, *, resolution: int | None = None) -> Summary:
+    """Counts parameters and multiply-adds without computing or allocating anything (`jax.eval_shape`).
+
+    Args:
+      network: a name, or a linen module with fields `resolution` and `in_channels`.
+      resolution: side of the image in pixels; the network's own by default.
+    """
+    name = network if isinstance(network, str) else type(network).__name__
+    network = create_model(network) if isinstance(network, str) else network
+    resolution = resolution or network.resolution
+    modules = {}  # path -> (kind, output shape), in the order of execution
+
+    def record(call, args, kwargs, context):
+        output = call(*args, **kwargs)
+        if context.method_name == "__call__":
+            modules[context.module.path] = type(context.module).__name__, getattr(output, "shape", ())[1:]
+        return output
+
+    with nn.intercept_methods(record):
+        image = jax.ShapeDtypeStruct((1, resolution, resolution, network.in_channels), jnp.float32)
+        variables = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)
+    owned = {}
+    for path, value in flatten_dict(variables["params"]).items():
+        owned.setdefault(path[:-1], {})[path[-1]] = math.prod(value.shape)
+    layers = []
+    for path, (kind, output) in modules.items():
+        if path in owned:
+            # Every weight of a kernel is used once at each output position, whatever its groups or its sparsity.
+            macs = math.prod(output[:-1]) * owned[path].get("kernel", 0)
+            layers.append(Layer("/".join(path), kind, output, sum(owned[path].values()), macs))
+    total = sum(math.prod(value.shape) for value in jax.tree.leaves(variables["params"]))
+    return Summary(name, resolution, total, sum(layer.macs for layer in layers), tuple(layers))
+
+
+def main(argv: list[str]) -> None:
+    parser = errors.argument_parser("cnnfamily.summary", __doc__)
+    parser.add_argument("models", metavar="MODEL", nargs="*", help="names or patterns such as 'resnet*' (default: all)")
+    parser.add_argument("--layers", action="store_true", help="one line for each layer")
+    parser.add_argument("--json", action="store_true", help="one JSON list on standard output")
+    arguments: argparse.Namespace = parser.parse_args(argv)
+    names = []
+    for pattern in arguments.models or ["*"]:
+        names += list_models(pattern) or [pattern]  # a name that matches nothing is an error of create_model
+    summaries = [summarize(name) for name in dict.fromkeys(names)]
+    if arguments.json:
+        rows = [dataclasses.asdict(summary) for summary in summaries]
+        for row in rows:
+            row["layers"] = row["layers"] if arguments.layers else len(row["layers"])
+        print(json.dumps(rows, indent=1))
+        return
+    print(f"{'network':<24}{'pixels':>7}{'parameters':>14}{'multiply-adds':>17}")
+    for summary in summaries:
+        print(f"{summary.name:<24}{summary.resolution:>7}{summary.params:>14,}{summary.macs:>17,}")
+        for layer in summary.layers if arguments.layers else ():
+            shape = "x".join(map(str, layer.output))
+            print(f"  {layer.name:<36}{layer.kind:<16}{shape:>14}{layer.params:>12,}{layer.macs:>16,}")
+
+
+if __name__ == "__main__":
+    errors.run_command(main)
+    sys.exit(0)

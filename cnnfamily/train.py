@@ -1,0 +1,183 @@
+"""Training: `python -m cnnfamily.train --config=configs/efficientnet_b0.py[:ARG] [--workdir=DIR] [--config.KEY=VALUE ...]`.
+
+The same command again continues an unfinished run and says so of a finished one.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from cnnfamily import checkpoint, errors, optim, parallel, runlog
+from cnnfamily import config as configs
+from cnnfamily.data import feed
+from cnnfamily.evaluate import evaluate_state, fresh_state, make_evaluator
+from cnnfamily.interrupt import StopRequest
+from cnnfamily.progress import Report
+from cnnfamily.step import train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: its directory, its last step, and the metrics of its last evaluation."""
+
+    workdir: Path
+    step: int
+    metrics: dict[str, Any]
+
+
+def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False) -> Result:
+    """Trains what `config` describes in `workdir`, or goes on where a run there stopped; what the command does.
+
+    Raises:
+      UsageError: the config, the data or the directory cannot be used.
+      NonFiniteLoss: the loss became NaN or infinite; the last checkpoint is from before.
+      Stopped: SIGINT or SIGTERM arrived; the state is saved.
+    """
+    workdir = Path(workdir)
+
+    # Data and devices
+    mesh = parallel.data_mesh()
+    data = feed.load_data(config)
+    train, test = feed.TrainFeed(data, config, mesh), feed.TestFeed(data, config, mesh)
+    total_steps = round(optim.duration(config, "total", train.steps_per_epoch))
+    if total_steps < 1:
+        raise errors.UsageError(
+            f"total_epochs={config.total_epochs}, total_steps={config.total_steps}: expected 1 step or more"
+        )
+    evaluate_every = max(1, round(config.evaluate.every_epochs * train.steps_per_epoch))
+
+    # Network, optimizer, state
+    schedule = optim.learning_rate_schedule(
+        config.optim, total_steps=total_steps, steps_per_epoch=train.steps_per_epoch, batch_size=config.batch_size
+    )
+    network, optimizer, state = fresh_state(config, schedule)
+    step_function = functools.partial(
+        train_step,
+        network=network.clone(axis_name=parallel.AXIS),
+        optimizer=optimizer,
+        view=train.view,
+        seed=config.seed,
+        label_smoothing=config.label_smoothing,
+        ema_decay=config.ema.decay,
+        ema_warmup=config.ema.warmup,
+    )
+    update = parallel.map_over_devices(step_function, mesh, batch_axis=1, outputs=2, donate=True)
+    evaluator = make_evaluator(network, test)
+
+    # Run directory; nothing is written before everything above has been accepted
+    runlog.claim(workdir, config)
+    runlog.write_manifest(workdir, config=config, data=data)
+    with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints, StopRequest() as stop:
+        first_step, pending = checkpoints.newest or 0, []
+        report = Report(total_steps=total_steps, first_step=first_step, quiet=quiet)
+        report.say(f"{config.model.name} on {data.name}, {mesh.size} {jax.devices()[0].device_kind}: {workdir}")
+        if first_step:
+            state, pending = checkpoints.restore(first_step, state)
+        if first_step == total_steps:
+            report.say(f"this run is finished: {total_steps} steps")
+            return Result(workdir, total_steps, last_evaluation(workdir))
+        if first_step:
+            report.say(f"continues from step {first_step} of {total_steps}")
+        state = parallel.replicate(state, mesh)
+        log = runlog.RunLog(workdir, from_step=first_step, tensorboard=config.log.tensorboard)
+
+        # Loop
+        metrics, since, waited = {}, time.monotonic(), 0.0
+        with report.live():
+            for step in range(first_step + 1, total_steps + 1):
+                batch_asked = time.monotonic()
+                batch = train.batch(step - 1)
+                waited += time.monotonic() - batch_asked
+                if step == first_step + 1:
+                    with report.busy("compiling the training step"):
+                        update = update.lower(state, batch, train.store).compile()
+                    since, waited = time.monotonic(), 0.0
+                state, measured = update(state, batch, train.store)
+                values = {name: float(value) for name, value in jax.device_get(measured).items()}
+                epoch = step / train.steps_per_epoch
+                if not math.isfinite(values["loss"]):
+                    raise errors.NonFiniteLoss(
+                        f"the loss is {values['loss']} at step {step} (epoch {epoch:.2f}); the last checkpoint is from step "
+                        f"{checkpoints.newest or 0}; try a lower optim.learning_rate or optim.clip_norm=1.0"
+                    )
+                pending.append(values)
+                rate = config.batch_size * len(pending) / (time.monotonic() - since)
+                report.update(step, epoch, values["loss"], values["top1"], rate)
+
+                evaluates = step % evaluate_every == 0 or step == total_steps
+                if evaluates or step % config.log.every_steps == 0:
+                    seconds = time.monotonic() - since
+                    timing = {"images_per_second": rate, "data_share": waited / seconds, "seconds": seconds}
+                    line = average(pending) | {"learning_rate": float(schedule(step - 1))}
+                    log.write(step, epoch, line, timing)
+                    pending, waited = [], 0.0
+                if evaluates:
+                    metrics = evaluate_state(evaluator, state)
+                    log.write(step, epoch, metrics)
+                    report.say(describe(step, epoch, line, metrics, rate))
+                    checkpoints.save(state, pending, rank=metrics.get("ema_test_top1", metrics["test_top1"]))
+                elif config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0:
+                    checkpoints.save(state, pending, rank=math.nan)
+                if not pending:
+                    since = time.monotonic()
+                if stop.signum and step < total_steps:
+                    checkpoints.save(state, pending, rank=math.nan)
+                    raise errors.Stopped(f"stopped and saved at step {step}; the same command goes on from there", stop.signum)
+
+        log.close()
+        runlog.draw_curves(workdir)
+        report.say(f"done: {workdir / 'curves.png'}")
+        return Result(workdir, total_steps, metrics)
+
+
+def average(pending: list[dict[str, float]]) -> dict[str, float]:
+    """The training line of the steps since the last: means of their metrics."""
+    names = {"loss": "train_loss", "top1": "train_top1", "grad_norm": "grad_norm"}
+    return {line: math.fsum(values[name] for values in pending) / len(pending) for name, line in names.items()}
+
+
+def describe(step: int, epoch: float, line: dict, metrics: dict, rate: float) -> str:
+    """One line of text for an evaluation."""
+    text = f"step {step}  epoch {epoch:.2f}  loss {line['train_loss']:.4f}  test loss {metrics['test_loss']:.4f}"
+    text += f"  test top-1 {metrics['test_top1']:.2%}"
+    if "ema_test_top1" in metrics:
+        text += f"  averaged {metrics['ema_test_top1']:.2%}"
+    return f"{text}  {rate:,.0f} images/s"
+
+
+def last_evaluation(workdir: Path) -> dict[str, Any]:
+    """The metrics of the last evaluation in a run's log."""
+    rows = [row for row in runlog.read_metrics(workdir) if "test_loss" in row]
+    return {key: value for key, value in rows[-1].items() if key not in ("step", "epoch")} if rows else {}
+
+
+def default_workdir(config_path: str) -> Path:
+    """`runs/CONFIG-NAME`, with the argument if there is one: `runs/efficientnet_b0-digits`."""
+    file, _, argument = config_path.partition(":")
+    return Path("runs") / (Path(file).stem + (f"-{argument}" if argument else ""))
+
+
+def main(argv: list[str]) -> None:
+    parser = errors.argument_parser("cnnfamily.train", __doc__)
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    parser.add_argument("--workdir", metavar="DIR", help="default: runs/CONFIG-NAME")
+    arguments, rest = parser.parse_known_args(argv)
+    overrides = {}
+    for argument in rest:
+        key, equals, value = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not equals:
+            raise errors.UsageError(f"argument {argument!r}: expected --config=, --workdir= or --config.KEY=VALUE")
+        overrides[key] = value
+    config = configs.load_config(arguments.config, overrides)
+    parallel.initialize()
+    run_training(config, arguments.workdir or default_workdir(arguments.config))
+
+
+if __name__ == "__main__":
+    errors.run_command(main)

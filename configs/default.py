@@ -1,0 +1,138 @@
+"""Every key of a config with its default and its reason. A config file of an experiment holds only what differs.
+
+    from configs import default
+
+    def get_config(arg=""):
+        config = default.get_config("resnet50")
+        config.batch_size = 1024
+        return config
+
+Durations have their unit in their name; where a key exists in epochs and in steps, set one of the two.
+"""
+
+from ml_collections import ConfigDict
+
+from cnnfamily.errors import unknown
+from cnnfamily.models import model_config
+
+
+def get_config(model: str = "efficientnet_b0") -> ConfigDict:
+    """The default config for a network, trained on the embedded digits."""
+    config = ConfigDict()
+    config.seed = 0  # of initialisation, order, augmentation, dropout and stochastic depth: a run is a function of it
+    config.batch_size = 64  # examples a step, over all devices
+    config.accumulate_steps = 1  # micro-batches a step, for batches that do not fit; batch norm sees one micro-batch
+    config.total_epochs = 30.0
+    config.total_steps = 0
+    config.label_smoothing = 0.0  # share of the target spread over all classes
+
+    config.model = model_config(model)  # `name`, and every field of that network
+
+    config.data = ConfigDict()
+    config.data.source = "digits"  # digits, npz:PATH, idx:DIR or fake
+    config.data.resolution = 0  # side of the images in pixels; 0: the network's own (model.resolution)
+    config.data.fit = "resize"  # or "pad": put the image in the middle of black, as LeNet-5's paper does
+    config.data.mean = ()  # of pixels scaled to 0..1, one number a channel; (): measured on the training images
+    config.data.std = ()
+    config.data.device_megabytes = 2048  # a split up to this size is kept on each device, a larger one is sent in batches
+
+    config.augment = ConfigDict()  # changes of training images, made on the device; 0 or False: none
+    config.augment.crop_padding = 0  # pixels of black on each side before a random crop back to size
+    config.augment.shift = 0  # pixels of random shift, filled with the image's edge
+    config.augment.flip = False  # left and right, with probability 1/2
+
+    config.optim = ConfigDict()
+    config.optim.name = "sgd"  # sgd, rmsprop or adamw
+    config.optim.learning_rate = 0.1  # at its peak, for reference_batch examples a step
+    config.optim.reference_batch = 0  # the learning rate grows with batch_size over this; 0: it is as given
+    config.optim.momentum = 0.9  # of sgd and rmsprop; adamw's first beta
+    config.optim.nesterov = True  # sgd only
+    config.optim.beta2 = 0.999  # decay of the mean square in adamw and rmsprop
+    config.optim.epsilon = 1e-8  # adamw and rmsprop
+    config.optim.weight_decay = 0.0  # on kernels only: norms and biases are left alone
+    config.optim.clip_norm = 0.0  # largest global norm of the gradient; 0: any
+    config.optim.schedule = "cosine"  # constant, cosine, linear, steps or exponential
+    config.optim.warmup_epochs = 0.0  # linear from 0 to the peak
+    config.optim.warmup_steps = 0
+    config.optim.end_factor = 0.0  # cosine and linear: the last learning rate over the peak
+    config.optim.boundaries_epochs = ()  # steps: when the learning rate is multiplied by decay_factor
+    config.optim.boundaries_steps = ()
+    config.optim.decay_factor = 0.1  # steps and exponential
+    config.optim.decay_epochs = 0.0  # exponential: once every so many
+    config.optim.decay_steps = 0
+    config.optim.decay_staircase = True  # exponential: in jumps; False: a little every step
+
+    config.ema = ConfigDict()  # averages of parameters and batch statistics, evaluated beside the raw ones
+    config.ema.decay = 0.0  # kept of the average each step; 0: no averages
+    config.ema.warmup = True  # at most (1 + step) / (10 + step), so that the start is forgotten
+
+    config.evaluate = ConfigDict()
+    config.evaluate.every_epochs = 1.0  # each evaluation is followed by a checkpoint
+    config.evaluate.batch_size = 512
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 0  # further checkpoints between evaluations; 0: none
+
+    config.log = ConfigDict()
+    config.log.every_steps = 50  # a training line, the mean over the steps since the last; one at every evaluation too
+    config.log.tensorboard = True  # TensorBoard files as well, if tensorboardX is installed
+    return config
+
+
+def choose(config: ConfigDict, arg: str, *, digits_epochs: float) -> ConfigDict:
+    """The config as it is for no argument, or turned into its `:digits` or `:smoke` form."""
+    if arg == "digits":
+        digits(config, epochs=digits_epochs)
+    elif arg == "smoke":
+        smoke(config)
+    elif arg:
+        raise unknown("config argument", arg, ("digits", "smoke"))
+    return config
+
+
+def digits(config: ConfigDict, *, epochs: float, resolution: int = 32) -> None:
+    """Turns a config into training on the embedded digits at a size that two CPU cores manage in minutes."""
+    config.update(
+        {
+            "batch_size": 64,
+            "accumulate_steps": 1,
+            "total_epochs": epochs,
+            "total_steps": 0,
+            "label_smoothing": 0.1,
+            "model": {"num_classes": 10},
+            "data": {"source": "digits", "resolution": resolution, "fit": "resize", "mean": (), "std": ()},
+            "augment": {"crop_padding": 0, "shift": 3, "flip": False},
+            "optim": {
+                "name": "adamw",
+                "learning_rate": 2e-3,
+                "reference_batch": 0,
+                "momentum": 0.9,
+                "beta2": 0.999,
+                "epsilon": 1e-8,
+                "weight_decay": 0.05,
+                "clip_norm": 1.0,
+                "schedule": "cosine",
+                "warmup_epochs": 2.0,
+                "warmup_steps": 0,
+                "end_factor": 0.0,
+            },
+            "ema": {"decay": 0.0, "warmup": True},
+            "evaluate": {"every_epochs": epochs / 8, "batch_size": 512},
+            "checkpoint": {"every_steps": 0},
+            "log": {"every_steps": 50},
+        }
+    )
+    if "norm_momentum" in config.model:
+        config.model.norm_momentum = 0.9  # the papers' 0.99 lags behind a run this short: 8 points of accuracy after 20 epochs
+
+
+def smoke(config: ConfigDict) -> None:
+    """Shrinks a config to seconds: a few steps on fake images, every part of the run switched on that it had."""
+    digits(config, epochs=1.0)
+    config.data.source = "fake:n=64,size=32,channels=3,classes=10"
+    config.batch_size = 16
+    config.evaluate.every_epochs = 0.5
+    config.optim.warmup_epochs = 0.5
+    for field, value in {"width": 0.25, "depth": 0.3}.items():
+        if field in config.model and config.model.name != "lenet5":
+            config.model[field] = value

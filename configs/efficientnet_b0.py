@@ -1,0 +1,48 @@
+"""EfficientNet-B0. Tan and Le 2019, https://arxiv.org/abs/1905.11946, section 5.2, and the authors' code.
+
+python -m cnnfamily.train --config=configs/efficientnet_b0.py:digits   # the embedded digits at 32 pixels, minutes on a CPU
+python -m cnnfamily.train --config=configs/efficientnet_b0.py:smoke    # a shrunken network, seconds
+python -m cnnfamily.train --config=configs/efficientnet_b0.py          # ImageNet at 224 pixels; 76.3 % top-1 in the paper
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return make("efficientnet_b0", arg)
+
+
+def make(name: str, arg: str, *, digits_epochs: float = 30.0) -> ConfigDict:
+    """The authors' recipe for one of B0 to B7, which differ in the fields of the model alone."""
+    config = default.get_config(name)
+    config.update(
+        {
+            "batch_size": 4096,
+            "total_epochs": 350.0,
+            "label_smoothing": 0.1,
+            "data": {
+                "source": "tfds:imagenet2012",
+                "mean": (0.485, 0.456, 0.406),
+                "std": (0.229, 0.224, 0.225),
+            },
+            "augment": {"flip": True},
+            "optim": {
+                "name": "rmsprop",
+                "learning_rate": 0.016,
+                "reference_batch": 256,
+                "momentum": 0.9,
+                "beta2": 0.9,
+                "epsilon": 1e-3,
+                "weight_decay": 1e-5,
+                "schedule": "exponential",
+                "warmup_epochs": 5.0,
+                "decay_factor": 0.97,
+                "decay_epochs": 2.4,
+            },
+            "ema": {"decay": 0.9999, "warmup": True},
+        }
+    )
+    config.model.norm_momentum = 0.99
+    return default.choose(config, arg, digits_epochs=digits_epochs)

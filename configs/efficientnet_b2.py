@@ -1,0 +1,14 @@
+"""EfficientNet-B2, the recipe of B0 with this network's width, depth, resolution and dropout.
+
+python -m cnnfamily.train --config=configs/efficientnet_b2.py:digits   # the embedded digits at 32 pixels
+python -m cnnfamily.train --config=configs/efficientnet_b2.py:smoke    # a shrunken network, seconds
+python -m cnnfamily.train --config=configs/efficientnet_b2.py          # ImageNet at 260 pixels; 79.8 % top-1 in the paper
+"""
+
+from ml_collections import ConfigDict
+
+from configs import efficientnet_b0
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return efficientnet_b0.make("efficientnet_b2", arg, digits_epochs=24.0)

@@ -1,0 +1,14 @@
+"""EfficientNet-B3, the recipe of B0 with this network's width, depth, resolution and dropout.
+
+python -m cnnfamily.train --config=configs/efficientnet_b3.py:digits   # the embedded digits at 32 pixels
+python -m cnnfamily.train --config=configs/efficientnet_b3.py:smoke    # a shrunken network, seconds
+python -m cnnfamily.train --config=configs/efficientnet_b3.py          # ImageNet at 300 pixels; 81.1 % top-1 in the paper
+"""
+
+from ml_collections import ConfigDict
+
+from configs import efficientnet_b0
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return efficientnet_b0.make("efficientnet_b3", arg, digits_epochs=16.0)

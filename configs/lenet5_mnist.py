@@ -1,0 +1,34 @@
+"""LeNet-5 on MNIST. LeCun et al. 1998, http://yann.lecun.com/exdb/publis/pdf/lecun-98.pdf; the modern dense network.
+
+    python -m cnnfamily.train --config=configs/lenet5_mnist.py --config.data.source=idx:DIR   # the four files of MNIST in DIR
+    python -m cnnfamily.train --config=configs/lenet5_mnist.py:digits                         # the embedded digits, seconds
+    python -m cnnfamily.train --config=configs/lenet5_mnist.py --config.model.name=lenet5_1998
+
+The paper: 99.05 % on the 10,000 test images without distortions (20 passes).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = default.get_config("lenet5")
+    config.update(
+        {
+            "batch_size": 128,
+            "total_epochs": 12.0,
+            "data": {"source": "idx:mnist", "fit": "pad"},
+            "augment": {"shift": 2},
+            "optim": {
+                "name": "adamw",
+                "learning_rate": 2e-3,
+                "weight_decay": 0.01,
+                "schedule": "cosine",
+                "warmup_epochs": 0.5,
+            },
+            "evaluate": {"every_epochs": 1.0},
+            "log": {"every_steps": 200},
+        }
+    )
+    return default.choose(config, arg, digits_epochs=60.0)

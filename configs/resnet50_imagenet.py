@@ -1,0 +1,41 @@
+"""ResNet-50 (v1.5) on ImageNet in 90 epochs. He et al. 2015, https://arxiv.org/abs/1512.03385, with the linear scaling, the
+warm-up and the zero-initialised last scales of Goyal et al. 2017, https://arxiv.org/abs/1706.02677.
+
+    python -m cnnfamily.train --config=configs/resnet50_imagenet.py          # 76.13 % has torchvision's, 76.4 % Goyal et al.
+    python -m cnnfamily.train --config=configs/resnet50_imagenet.py:digits   # the embedded digits at 64 pixels
+    python -m cnnfamily.train --config=configs/resnet50_imagenet.py:smoke    # a shrunken network, seconds
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = default.get_config("resnet50")
+    config.update(
+        {
+            "batch_size": 1024,
+            "total_epochs": 90.0,
+            "model": {"zero_init_last": True, "norm_group": 32},
+            "data": {
+                "source": "tfds:imagenet2012",
+                "mean": (0.485, 0.456, 0.406),
+                "std": (0.229, 0.224, 0.225),
+            },
+            "augment": {"flip": True},
+            "optim": {
+                "name": "sgd",
+                "learning_rate": 0.1,
+                "reference_batch": 256,
+                "momentum": 0.9,
+                "nesterov": True,
+                "weight_decay": 1e-4,
+                "schedule": "steps",
+                "boundaries_epochs": (30.0, 60.0, 80.0),
+                "decay_factor": 0.1,
+                "warmup_epochs": 5.0,
+            },
+        }
+    )
+    return default.choose(config, arg, digits_epochs=16.0)

@@ -1,0 +1,115 @@
+"""Augmentations are pure functions of (key, image): what they can return, how often, and what they must not touch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnnfamily.data.augment import augment, normalize, random_crop, random_flip, random_shift
+from cnnfamily.errors import UsageError
+
+compiled_augment = jax.jit(augment, static_argnames=("crop_padding", "shift", "flip"))
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def random_images(batch, height=5, width=6, channels=3):
+    # From 1, so that a zero in a result can only be padding.
+    return np.random.default_rng(0).integers(1, 256, (batch, height, width, channels), dtype=np.uint8)
+
+
+def all_windows(image, margin, mode):
+    height, width, _ = image.shape
+    padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode=mode)
+    places = np.ndindex(2 * margin + 1, 2 * margin + 1)
+    return [padded[top : top + height, left : left + width] for top, left in places]
+
+
+@pytest.mark.parametrize(("function", "mode"), [(random_crop, "constant"), (random_shift, "edge")])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_windows_are_all_places_equally_often(function, mode, dtype):
+    image = random_images(1)[0].astype(dtype)
+    keys = jax.random.split(jax.random.key(0), 2500)
+    results = np.asarray(jax.jit(jax.vmap(lambda key: function(key, image, 2)))(keys))
+    assert results.dtype == dtype
+    windows = np.stack(all_windows(image, 2, mode))
+    equal = (results[:, None] == windows[None]).all(axis=(2, 3, 4))
+    assert (equal.sum(axis=1) == 1).all()
+    # 25 places, 100 times each in the mean; five standard deviations either way.
+    counts = equal.sum(axis=0)
+    assert counts.min() > 50
+    assert counts.max() < 150
+
+
+def test_flip_mirrors_half_of_the_images_horizontally():
+    image = random_images(1)[0]
+    keys = jax.random.split(jax.random.key(1), 1000)
+    results = np.asarray(jax.vmap(lambda key: random_flip(key, image))(keys))
+    mirrored = (results == image[:, ::-1]).all(axis=(1, 2, 3))
+    assert (mirrored | (results == image).all(axis=(1, 2, 3))).all()
+    assert 420 < mirrored.sum() < 580
+
+
+def test_normalize_by_hand():
+    image = np.array([[[0, 51, 255]]], np.uint8)
+    result = normalize(jnp.asarray(image), (0.5, 0.2, 0.0), (0.5, 0.1, 2.0))
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, [[[-1.0, 0.0, 0.5]]], atol=1e-6)
+
+
+def test_augment_without_options_only_converts():
+    images = random_images(4)
+    result = compiled_augment(jax.random.split(jax.random.key(0), 4), images)
+    assert result.dtype == jnp.float32
+    np.testing.assert_array_equal(result, images)
+
+
+def test_each_image_depends_on_its_own_key_alone():
+    images, keys = random_images(16), jax.random.split(jax.random.key(3), 16)
+    options = {"crop_padding": 2, "shift": 1, "flip": True}
+    whole = np.asarray(compiled_augment(keys, images, **options))
+    order = np.random.default_rng(0).permutation(16)
+    np.testing.assert_array_equal(compiled_augment(keys[order], images[order], **options), whole[order])
+    np.testing.assert_array_equal(compiled_augment(keys[5:7], images[5:7], **options), whole[5:7])
+    assert not np.array_equal(whole, compiled_augment(keys[::-1], images, **options))
+
+
+def test_switching_one_augmentation_on_leaves_the_choices_of_another():
+    images, keys = random_images(64), jax.random.split(jax.random.key(4), 64)
+    cropped = np.asarray(compiled_augment(keys, images, crop_padding=2))
+    flipped = np.asarray(compiled_augment(keys, images, flip=True))
+    both = np.asarray(compiled_augment(keys, images, crop_padding=2, flip=True))
+    flips = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
+    assert 0 < flips.sum() < 64
+    # The crop comes first, and is mirrored with the image.
+    np.testing.assert_array_equal(both, np.where(flips[:, None, None, None], cropped[:, :, ::-1], cropped))
+    shifted = np.asarray(compiled_augment(keys, images, shift=2))
+    both = np.asarray(compiled_augment(keys, images, shift=2, flip=True))
+    np.testing.assert_array_equal(both, np.where(flips[:, None, None, None], shifted[:, :, ::-1], shifted))
+
+
+def test_crop_and_shift_choose_apart():
+    # With one sub-key for both, every crop would be the shift of the same size.
+    images, keys = random_images(64), jax.random.split(jax.random.key(5), 64)
+    cropped = np.asarray(compiled_augment(keys, images, crop_padding=2))
+    shifted = np.asarray(compiled_augment(keys, images, shift=2))
+    inside = cropped != 0
+    assert not (cropped == shifted)[inside].all()
+
+
+def test_padding_is_black_before_normalisation():
+    images, keys = random_images(32), jax.random.split(jax.random.key(6), 32)
+    pixels = compiled_augment(keys, images, crop_padding=3)
+    assert (np.asarray(pixels) == 0).any()
+    normalised = np.asarray(normalize(pixels, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
+    assert (normalised[np.asarray(pixels) == 0] == -2).all()
+
+
+def test_negative_sizes_are_refused():
+    keys = jax.random.split(jax.random.key(0), 2)
+    with pytest.raises(UsageError, match=r"crop_padding=-1 and augment\.shift=0; expected 0"):
+        augment(keys, random_images(2), crop_padding=-1)

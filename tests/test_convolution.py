@@ -1,0 +1,251 @@
+"""The convolution against `lax.conv_general_dilated`: values, gradients, and what is compiled for each platform."""
+
+import itertools
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export, lax
+from jax.sharding import AxisType, PartitionSpec
+
+from cnnfamily.models.convolution import convolution
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def plain(images, kernel, *, stride=(1, 1), padding=((0, 0), (0, 0)), groups=1):
+    return lax.conv_general_dilated(
+        images, kernel, stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+    )
+
+
+def tf_same(size, taps, stride):
+    total = max(0, (-(-size // stride) - 1) * stride + taps - size)
+    return total // 2, total - total // 2
+
+
+PADDINGS = {
+    "symmetric": lambda size, taps, stride: ((taps - 1) // 2, (taps - 1) // 2),
+    "tf_same": tf_same,
+    "valid": lambda size, taps, stride: (0, 0),
+    # Windows beyond the map on both sides: outputs that see only padding.
+    "full": lambda size, taps, stride: (taps, taps + 1),
+}
+
+
+def operands(size, taps, channels, filters, groups, dtype=np.float64, batch=2):
+    draw = np.random.default_rng(0).normal
+    images = draw(size=(batch, *size, channels)).astype(np.float32)
+    kernel = draw(size=(*taps, channels // groups, filters)).astype(np.float32)
+    return jnp.asarray(images, dtype), jnp.asarray(kernel, dtype)
+
+
+def products(convolve, images, kernel):
+    """The output and both gradients, for a cotangent that differs from pixel to pixel."""
+    output, gradients = jax.vjp(convolve, images, kernel)
+    cotangent = jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape).astype(output.dtype)
+    return output, *gradients(cotangent)
+
+
+def assert_equal_to_plain(size, taps, channels, filters, groups, stride, padding):
+    images, kernel = operands(size, taps, channels, filters, groups)
+    both = [partial(f, stride=stride, padding=padding, groups=groups) for f in (convolution, plain)]
+    found, expected = jax.jit(lambda *x: [products(f, *x) for f in both])(images, kernel)
+    for name, a, b in zip(("output", "images' gradient", "kernel's gradient"), found, expected, strict=True):
+        # The absolute tolerance is for sums that cancel; values and taps are near 1.
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13, err_msg=name)
+        assert a.dtype == b.dtype
+
+
+def axes():
+    """Every size, kernel, stride and padding of one dimension that yields at least one output."""
+    for size, taps, stride, name in itertools.product((1, 2, 3, 7, 8), (1, 3, 5), (1, 2), PADDINGS):
+        padding = PADDINGS[name](size, taps, stride)
+        if size + sum(padding) >= taps:
+            yield size, taps, stride, padding
+
+
+# Height and width are independent, so each case of one dimension stands once as a height and once as a width, beside
+# an unlike one. Several a program: on two cores most of the time would be compilation.
+HEIGHTS = list(axes())
+WIDTHS = HEIGHTS[41:] + HEIGHTS[:41]
+
+
+@pytest.mark.parametrize("first", range(0, len(HEIGHTS), 12))
+def test_depthwise_equals_the_plain_convolution_in_value_and_gradients(first):
+    for (height, *rows), (width, *columns) in list(zip(HEIGHTS, WIDTHS, strict=True))[first : first + 12 : 3]:
+        taps, stride, padding = zip(rows, columns, strict=True)
+        assert_equal_to_plain((height, width), taps, 3, 3, 3, stride, padding)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 1)])
+def test_1x1_equals_the_plain_convolution_in_value_and_gradients(size, stride):
+    assert_equal_to_plain(size, (1, 1), 3, 5, 1, stride, ((0, 0), (0, 0)))
+
+
+@pytest.mark.parametrize(
+    ("size", "taps", "channels", "filters", "groups", "stride", "padding"),
+    [
+        ((1, 1), (3, 3), 3, 4, 1, (1, 1), ((1, 1), (1, 1))),  # cut to the middle tap: a matrix product
+        ((2, 1), (5, 5), 3, 4, 1, (2, 1), ((2, 2), (2, 2))),
+        ((7, 8), (3, 3), 3, 4, 1, (2, 2), ((0, 1), (0, 1))),
+        ((3, 3), (1, 1), 3, 4, 1, (2, 2), ((1, 0), (0, 1))),  # a padded 1x1 stays a convolution
+        ((4, 4), (3, 3), 4, 8, 4, (1, 1), ((1, 1), (1, 1))),  # two filters a channel
+        ((4, 4), (3, 3), 4, 6, 2, (1, 1), ((1, 1), (1, 1))),
+        ((4, 4), (3, 3), 1, 1, 1, (1, 1), ((1, 1), (1, 1))),
+    ],
+)
+def test_every_other_shape_equals_the_plain_convolution(size, taps, channels, filters, groups, stride, padding):
+    assert_equal_to_plain(size, taps, channels, filters, groups, stride, padding)
+
+
+KINDS = {
+    "depthwise": dict(taps=(3, 3), filters=4, groups=4, padding=((1, 1), (0, 1)), stride=(2, 2)),
+    "1x1": dict(taps=(1, 1), filters=6, groups=1, padding=((0, 0), (0, 0)), stride=(2, 2)),
+}
+
+
+def of_kind(kind, convolve=convolution, dtype=np.float64, batch=2, size=(5, 6)):
+    geometry = dict(KINDS[kind])
+    taps, filters = geometry.pop("taps"), geometry.pop("filters")
+    return partial(convolve, **geometry), operands(size, taps, 4, filters, geometry["groups"], dtype, batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 4e-3)])
+def test_lower_precision_is_rounded_once(kind, dtype, tolerance):
+    """Against float64 of the same operands: half a unit of bfloat16 is 2^-9, so any sum kept in bfloat16 fails."""
+    convolve, given = of_kind(kind, dtype=dtype, batch=8, size=(24, 24))
+    exact, _ = of_kind(kind, plain)
+    cotangent = jnp.ones(jax.eval_shape(convolve, *given).shape, dtype)
+
+    def all_three(f, images, kernel, cotangent):
+        output, gradients = jax.vjp(f, images, kernel)
+        return output, *gradients(cotangent)
+
+    found = jax.jit(partial(all_three, convolve))(*given, cotangent)
+    expected = jax.jit(partial(all_three, exact))(*(x.astype(jnp.float64) for x in (*given, cotangent)))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(a.astype(jnp.float64), b, rtol=tolerance, atol=tolerance / 1000 * jnp.abs(b).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_the_gradient(kind):
+    def second(convolve, images, kernel):
+        def slope(images, kernel):
+            gradients = jax.grad(lambda *x: jnp.sum(jnp.sin(convolve(*x))), (0, 1))(images, kernel)
+            return sum(jnp.sum(jnp.cos(g)) for g in gradients)
+
+        return jax.grad(slope, (0, 1))(images, kernel)
+
+    ours, given = of_kind(kind)
+    found, expected = jax.jit(lambda *x: [second(f, *x) for f in (ours, of_kind(kind, plain)[0])])(*given)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12), found, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_over_images_and_kernels(kind):
+    ours, (images, kernel) = of_kind(kind, batch=6)
+    stacked = images.reshape(3, 2, *images.shape[1:]), jnp.stack([kernel, 2 * kernel, -kernel])
+
+    @jax.jit
+    def both(*stacked):
+        found = jax.vmap(partial(products, ours))(*stacked)
+        return found, jax.tree.map(lambda *x: jnp.stack(x), *[products(ours, *x) for x in zip(*stacked, strict=True)])
+
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13), *both(*stacked))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_sums_the_kernel_gradient_over_devices(kind, check_vma):
+    """On as many CPU devices as the session has; the types of the varying axes are checked even on one."""
+    ours, (images, kernel) = of_kind(kind, batch=8)
+    devices = len(jax.devices())
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+
+    def gradients(images, kernel):
+        of_images, of_kernel = jax.grad(lambda *x: jnp.sum(jnp.sin(ours(*x))), (0, 1))(images, kernel)
+        return of_images, of_kernel if check_vma else lax.psum(of_kernel, "data")
+
+    data, replicated = PartitionSpec("data"), PartitionSpec()
+    specs = dict(in_specs=(data, replicated), out_specs=(data, replicated), check_vma=check_vma)
+    found = jax.jit(jax.shard_map(gradients, mesh=mesh, **specs))(images, kernel)
+    expected = jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(ours(*x))), (0, 1)))(images, kernel)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13), found, expected)
+
+
+def all_products(kind, images, kernel):
+    return products(of_kind(kind)[0], images, kernel)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_each_platform_gets_its_own_program(kind, platform):
+    """An export from this machine for another: the plain convolution thrice there, none here, a conditional nowhere."""
+    given = of_kind(kind, dtype=jnp.float32)[1]
+    module = export.export(jax.jit(partial(all_products, kind)), platforms=[platform])(*given).mlir_module()
+    assert module.count("stablehlo.convolution") == (0 if platform == "cpu" else 3)
+    assert "stablehlo.case" not in module
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_export_for_two_platforms_runs_here(kind):
+    given = of_kind(kind, dtype=jnp.float32)[1]
+    exported = export.export(jax.jit(partial(all_products, kind)), platforms=["cpu", "cuda"])(*given)
+    assert "stablehlo.convolution" in exported.mlir_module()
+    expected = jax.jit(partial(all_products, kind))(*given)
+    for found, here in zip(jax.jit(exported.call)(*given), expected, strict=True):
+        np.testing.assert_allclose(found, here, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_compiled_gradient_has_no_convolution_and_no_conditional_on_cpu(kind):
+    given = of_kind(kind, dtype=jnp.float32)[1]
+    program = jax.jit(partial(all_products, kind)).lower(*given).compile().as_text()
+    assert "convolution(" not in program
+    assert "conditional(" not in program
+
+
+def test_taps_that_see_only_padding_are_cut_off():
+    """A 5x5 kernel on one pixel is one product, and a dense 3x3 one is a matrix product, on every platform."""
+
+    def lowered(taps, groups):
+        given = operands((1, 1), (taps, taps), 4, 4, groups, np.float32)
+        padding = ((taps // 2, taps // 2),) * 2
+        return jax.jit(partial(convolution, padding=padding, groups=groups)).lower(*given).as_text()
+
+    depthwise, dense = lowered(5, 4), lowered(3, 1)
+    # Beside the tap itself, two products with one that align the types and that XLA folds.
+    assert depthwise.count("stablehlo.multiply") == 3
+    assert "stablehlo.dot_general" in dense
+    assert "stablehlo.convolution" not in dense
+
+
+def test_operands_that_disagree_are_refused():
+    images, kernel = operands((5, 5), (3, 3), 4, 4, 4)
+    with pytest.raises(TypeError, match="same dtypes"):
+        convolution(images, kernel.astype(jnp.float32), groups=4)
+    with pytest.raises(ValueError, match="feature_group_count"):
+        convolution(images, kernel[:, :, :, :3], groups=4)
+
+
+def test_the_blocks_of_a_large_network_are_traced_quickly():
+    """55 unlike depthwise shapes, as many as EfficientNet-B7 has blocks: 0.6 s on two cores, when they are idle."""
+
+    def network(images, kernels):
+        return [convolution(images[..., : k.shape[3]], k, padding=((2, 2), (2, 2)), groups=k.shape[3]) for k in kernels]
+
+    kernels = [jax.ShapeDtypeStruct((5, 5, 1, 32 + i), jnp.float32) for i in range(55)]
+    start = time.process_time()
+    jax.eval_shape(network, jax.ShapeDtypeStruct((8, 19, 19, 96), jnp.float32), kernels)
+    assert time.process_time() - start < 2
