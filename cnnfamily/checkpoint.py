@@ -67,6 +67,12 @@ class Checkpoints:
         return restored.state, restored.pending
 
 
+def newest_step(directory: Path) -> int | None:
+    """The step of the newest checkpoint in a directory, if there is one."""
+    steps = ocp.utils.checkpoint_steps(directory.resolve()) if directory.is_dir() else []
+    return max(steps, default=None)
+
+
 def restore_state(directory: Path, like: TrainState, *, which: str) -> TrainState:
     """The state of the "newest" or the "best" checkpoint under `directory`."""
     if not directory.is_dir():

@@ -106,6 +106,27 @@ def _import(file: Path) -> ModuleType:
     return module
 
 
+def check(config: ConfigDict) -> None:
+    """Refuses numbers that no run can have; what depends on the data or the network is checked where that is known.
+
+    Raises:
+      UsageError: naming the key, its value and what was expected.
+    """
+    below_one = ("label_smoothing", "ema.decay", "optim.beta2", "optim.momentum")
+    positive = ("batch_size", "accumulate_steps", "evaluate.every_epochs", "evaluate.batch_size", "log.every_steps")
+    for key, value in flatten(config).items():
+        if key.startswith("model.") or type(value) not in (int, float):
+            continue
+        for refused, expected in (
+            (value < 0, "0 or more"),
+            (key == "seed" and value >= 2**31, "less than 2**31"),
+            (key in below_one and value >= 1, "less than 1"),
+            (key in positive and value == 0, "more than 0"),
+        ):
+            if refused:
+                raise UsageError(f"config.{key}={value}: expected {expected}")
+
+
 def _known_configs() -> list[str]:
     return sorted(f"configs/{file.name}" for file in (REPOSITORY / "configs").glob("*.py") if file.stem != "__init__")
 

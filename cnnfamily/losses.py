@@ -27,7 +27,7 @@ def hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     With fewer than k classes every label is.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    before = jnp.arange(logits.shape[1]) < labels[:, None]
+    before = jnp.arange(logits.shape[1], dtype=labels.dtype) < labels[:, None]
     ahead = (logits > own) | ((logits == own) & before)
     return ahead.sum(axis=1) < k
 
@@ -37,6 +37,7 @@ def evaluation_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> di
 
     A bin holds the count, the confidence and the hits of the examples whose highest probability falls in it.
     """
+    logits = jnp.where(mask[:, None], logits, 0)  # a padding row may be anything, NaN included, and NaN times 0 is NaN
     loss = cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype))
     top1 = hits(logits, labels, 1)
     confidence = jax.nn.softmax(logits).max(axis=1)
@@ -44,7 +45,7 @@ def evaluation_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> di
     weight = mask.astype(logits.dtype)
     member = jax.nn.one_hot(bins, CALIBRATION_BINS, dtype=logits.dtype) * weight[:, None]
     return {
-        "loss": jnp.where(mask, loss, 0).sum(),  # a padding row may be anything, NaN included
+        "loss": (loss * weight).sum(),
         "top1": (top1 & mask).sum(),
         "top5": (hits(logits, labels, 5) & mask).sum(),
         "examples": mask.sum(),

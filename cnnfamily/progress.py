@@ -64,3 +64,37 @@ class Report:
         if self._live:
             text = f"epoch {epoch:.1f}  loss {loss:.4f}  top-1 {top1:.1%}  {images_per_second:,.0f} images/s"
             self._live.update(self._task, completed=step, description=text)
+
+
+class Clock:
+    """Time since the last restart: how fast the steps were, and how much of it went into waiting for data."""
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._start, self._steps, self._waited = time.monotonic(), 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A context whose time counts as waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def count_step(self) -> None:
+        """One more step is done."""
+        self._steps += 1
+
+    @property
+    def images_per_second(self) -> float:
+        return self._steps * self._batch_size / (time.monotonic() - self._start)
+
+    def restart(self) -> dict[str, float]:
+        """The time until now as a training line's `timing` holds it; it then begins anew."""
+        seconds = time.monotonic() - self._start
+        timing = {
+            "images_per_second": self.images_per_second,
+            "data_share": self._waited / seconds,
+            "seconds": seconds,
+        }
+        self.__init__(self._batch_size)
+        return timing

@@ -28,21 +28,11 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def claim(workdir: Path, config: ConfigDict) -> None:
-    """Makes `workdir` the directory of a run with this config, or checks that it is.
-
-    Raises:
-      UsageError: it holds a run with another config (the keys that differ are named), or it cannot be written.
-    """
-    path = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_whole(path, configs.to_json(config))
-            return
-    except OSError as error:
-        raise UsageError(f"workdir {workdir}: {error.strerror or error}; expected a folder that can be written") from error
-    ours, theirs = configs.flatten(config), configs.flatten(json.loads(read_config(workdir, text=True)))
+def check(workdir: Path, config: ConfigDict) -> None:
+    """Refuses a directory that holds a run with another config, naming the keys that differ (`UsageError`)."""
+    if not (workdir / "config.json").exists():
+        return
+    ours, theirs = configs.flatten(config), configs.flatten(read_config(workdir))
     missing = object()
     differ = [key for key in sorted(ours | theirs) if ours.get(key, missing) != theirs.get(key, missing)]
     if differ:
@@ -51,12 +41,25 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         raise UsageError(f"workdir {workdir} holds a run with another config: {shown}{more}; take another --workdir")
 
 
-def read_config(workdir: Path, *, text: bool = False) -> Any:
-    """The config of a run, locked, or the text of its `config.json`."""
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Makes `workdir` the directory of a run with this config, if it is not that already.
+
+    Raises:
+      UsageError: it cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not (workdir / "config.json").exists():
+            write_whole(workdir / "config.json", configs.to_json(config))
+    except OSError as error:
+        raise UsageError(f"workdir {workdir}: {error.strerror or error}; expected a folder that can be written") from error
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of a run, locked."""
     path = workdir / "config.json"
     try:
-        content = path.read_text()
-        return content if text and json.loads(content) else configs.from_json(content)
+        return configs.from_json(path.read_text())
     except FileNotFoundError:
         raise UsageError(f"{workdir} is no run directory: expected a config.json, as cnnfamily.train writes it") from None
     except (ValueError, OSError) as error:
@@ -151,7 +154,10 @@ class RunLog:
                 self._board.add_scalar(name, value, step)
             self._board.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *exception) -> None:
         if self._active:
             self._file.close()
             if self._board:

@@ -93,7 +93,7 @@ def train_step(
         decay = jnp.minimum(ema_decay, (1 + step) / (10 + step)) if ema_warmup else jnp.float32(ema_decay)
         new = {"params": params, "batch_stats": batch_stats}
         ema = jax.tree.map(lambda old, x: old + (1 - decay).astype(x.dtype) * (x - old), ema, new)
-    metrics = {"loss": loss, "top1": top1, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": loss, "top1": top1, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
 

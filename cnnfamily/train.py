@@ -18,7 +18,7 @@ from cnnfamily import config as configs
 from cnnfamily.data import feed
 from cnnfamily.evaluate import evaluate_state, fresh_state, make_evaluator
 from cnnfamily.interrupt import StopRequest
-from cnnfamily.progress import Report
+from cnnfamily.progress import Clock, Report
 from cnnfamily.step import train_step
 
 
@@ -40,6 +40,8 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
       Stopped: SIGINT or SIGTERM arrived; the state is saved.
     """
     workdir = Path(workdir)
+    configs.check(config)
+    runlog.check(workdir, config)
 
     # Data and devices
     mesh = parallel.data_mesh()
@@ -47,16 +49,21 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
     train, test = feed.TrainFeed(data, config, mesh), feed.TestFeed(data, config, mesh)
     total_steps = round(optim.duration(config, "total", train.steps_per_epoch))
     if total_steps < 1:
-        raise errors.UsageError(
-            f"total_epochs={config.total_epochs}, total_steps={config.total_steps}: expected 1 step or more"
-        )
+        raise errors.UsageError(f"total_epochs={config.total_epochs}, total_steps={config.total_steps}: expected 1 step or more")
     evaluate_every = max(1, round(config.evaluate.every_epochs * train.steps_per_epoch))
+    first_step = checkpoint.newest_step(workdir / "checkpoints") or 0
+    report = Report(total_steps=total_steps, first_step=first_step, quiet=quiet)
+    report.say(f"{config.model.name} on {data.name}, {mesh.size} {jax.devices()[0].device_kind}: {workdir}")
+    if first_step == total_steps:
+        report.say(f"this run is finished: {total_steps} steps")
+        return Result(workdir, total_steps, last_evaluation(workdir))
 
-    # Network, optimizer, state
+    # Network, optimizer, state, and the step as one program
     schedule = optim.learning_rate_schedule(
         config.optim, total_steps=total_steps, steps_per_epoch=train.steps_per_epoch, batch_size=config.batch_size
     )
     network, optimizer, state = fresh_state(config, schedule)
+    state = parallel.replicate(state, mesh)
     step_function = functools.partial(
         train_step,
         network=network.clone(axis_name=parallel.AXIS),
@@ -68,72 +75,62 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
         ema_warmup=config.ema.warmup,
     )
     update = parallel.map_over_devices(step_function, mesh, batch_axis=1, outputs=2, donate=True)
+    update = update.lower(state, train.batch(first_step), train.store)
     evaluator = make_evaluator(network, test)
 
-    # Run directory; nothing is written before everything above has been accepted
+    # Run directory: nothing is written before everything above has been accepted
     runlog.claim(workdir, config)
     runlog.write_manifest(workdir, config=config, data=data)
-    with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints, StopRequest() as stop:
-        first_step, pending = checkpoints.newest or 0, []
-        report = Report(total_steps=total_steps, first_step=first_step, quiet=quiet)
-        report.say(f"{config.model.name} on {data.name}, {mesh.size} {jax.devices()[0].device_kind}: {workdir}")
+    with (
+        checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints,
+        runlog.RunLog(workdir, from_step=first_step, tensorboard=config.log.tensorboard) as log,
+        StopRequest() as stop,
+        report.live(),
+    ):
+        pending = []  # metrics of the steps that have no line in the log yet
         if first_step:
             state, pending = checkpoints.restore(first_step, state)
-        if first_step == total_steps:
-            report.say(f"this run is finished: {total_steps} steps")
-            return Result(workdir, total_steps, last_evaluation(workdir))
-        if first_step:
             report.say(f"continues from step {first_step} of {total_steps}")
-        state = parallel.replicate(state, mesh)
-        log = runlog.RunLog(workdir, from_step=first_step, tensorboard=config.log.tensorboard)
+        with report.busy("compiling the training step"):
+            update = update.compile()
 
         # Loop
-        metrics, since, waited = {}, time.monotonic(), 0.0
-        with report.live():
-            for step in range(first_step + 1, total_steps + 1):
-                batch_asked = time.monotonic()
+        clock = Clock(config.batch_size)
+        for step in range(first_step + 1, total_steps + 1):
+            with clock.waiting():
                 batch = train.batch(step - 1)
-                waited += time.monotonic() - batch_asked
-                if step == first_step + 1:
-                    with report.busy("compiling the training step"):
-                        update = update.lower(state, batch, train.store).compile()
-                    since, waited = time.monotonic(), 0.0
-                state, measured = update(state, batch, train.store)
-                values = {name: float(value) for name, value in jax.device_get(measured).items()}
-                epoch = step / train.steps_per_epoch
-                if not math.isfinite(values["loss"]):
-                    raise errors.NonFiniteLoss(
-                        f"the loss is {values['loss']} at step {step} (epoch {epoch:.2f}); the last checkpoint is from step "
-                        f"{checkpoints.newest or 0}; try a lower optim.learning_rate or optim.clip_norm=1.0"
-                    )
-                pending.append(values)
-                rate = config.batch_size * len(pending) / (time.monotonic() - since)
-                report.update(step, epoch, values["loss"], values["top1"], rate)
+            state, measured = update(state, batch, train.store)
+            values = {name: float(value) for name, value in jax.device_get(measured).items()}
+            clock.count_step()
+            epoch = step / train.steps_per_epoch
+            if not math.isfinite(values["loss"]):
+                raise errors.NonFiniteLoss(
+                    f"the loss is {values['loss']} at step {step} (epoch {epoch:.2f}); the last checkpoint is from step "
+                    f"{checkpoints.newest or 0}; try a lower optim.learning_rate or optim.clip_norm=1.0"
+                )
+            pending.append(values)
+            report.update(step, epoch, values["loss"], values["top1"], clock.images_per_second)
 
-                evaluates = step % evaluate_every == 0 or step == total_steps
-                if evaluates or step % config.log.every_steps == 0:
-                    seconds = time.monotonic() - since
-                    timing = {"images_per_second": rate, "data_share": waited / seconds, "seconds": seconds}
-                    line = average(pending) | {"learning_rate": float(schedule(step - 1))}
-                    log.write(step, epoch, line, timing)
-                    pending, waited = [], 0.0
-                if evaluates:
-                    metrics = evaluate_state(evaluator, state)
-                    log.write(step, epoch, metrics)
-                    report.say(describe(step, epoch, line, metrics, rate))
-                    checkpoints.save(state, pending, rank=metrics.get("ema_test_top1", metrics["test_top1"]))
-                elif config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0:
-                    checkpoints.save(state, pending, rank=math.nan)
-                if not pending:
-                    since = time.monotonic()
-                if stop.signum and step < total_steps:
-                    checkpoints.save(state, pending, rank=math.nan)
-                    raise errors.Stopped(f"stopped and saved at step {step}; the same command goes on from there", stop.signum)
-
-        log.close()
-        runlog.draw_curves(workdir)
-        report.say(f"done: {workdir / 'curves.png'}")
-        return Result(workdir, total_steps, metrics)
+            evaluates = step % evaluate_every == 0 or step == total_steps
+            if evaluates or step % config.log.every_steps == 0:
+                line = average(pending) | {"learning_rate": float(schedule(step - 1))}
+                timing = clock.restart()
+                log.write(step, epoch, line, timing)
+                pending = []
+            if evaluates:
+                metrics = evaluate_state(evaluator, state)
+                log.write(step, epoch, metrics)
+                report.say(describe(step, epoch, line, metrics, timing["images_per_second"]))
+                checkpoints.save(state, pending, rank=metrics.get("ema_test_top1", metrics["test_top1"]))
+                runlog.draw_curves(workdir)
+                clock.restart()
+            elif config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0:
+                checkpoints.save(state, pending, rank=math.nan)
+            if stop.signum and step < total_steps:
+                checkpoints.save(state, pending, rank=math.nan)
+                raise errors.Stopped(f"stopped and saved at step {step}; the same command goes on from there", stop.signum)
+    report.say(f"done: {workdir / 'curves.png'}")
+    return Result(workdir, total_steps, metrics)
 
 
 def average(pending: list[dict[str, float]]) -> dict[str, float]:

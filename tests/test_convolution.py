@@ -72,17 +72,16 @@ def axes():
             yield size, taps, stride, padding
 
 
-# Height and width are independent, so each case of one dimension stands once as a height and once as a width, beside
-# an unlike one. Several a program: on two cores most of the time would be compilation.
-HEIGHTS = list(axes())
-WIDTHS = HEIGHTS[41:] + HEIGHTS[:41]
+# Height and width are independent, so a program tests two cases at once. A fixed half of the cases: almost all of the
+# time is compilation.
+CASES = [list(axes())[i] for i in np.random.default_rng(0).permutation(len(list(axes())))]
+PAIRS = list(zip(CASES[0::4], CASES[1::4], strict=True))
 
 
-@pytest.mark.parametrize("first", range(0, len(HEIGHTS), 12))
-def test_depthwise_equals_the_plain_convolution_in_value_and_gradients(first):
-    for (height, *rows), (width, *columns) in list(zip(HEIGHTS, WIDTHS, strict=True))[first : first + 12 : 3]:
-        taps, stride, padding = zip(rows, columns, strict=True)
-        assert_equal_to_plain((height, width), taps, 3, 3, 3, stride, padding)
+@pytest.mark.parametrize(("rows", "columns"), PAIRS)
+def test_depthwise_equals_the_plain_convolution_in_value_and_gradients(rows, columns):
+    size, taps, stride, padding = zip(rows, columns, strict=True)
+    assert_equal_to_plain(size, taps, 3, 3, 3, stride, padding)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8)])
@@ -108,8 +107,8 @@ def test_every_other_shape_equals_the_plain_convolution(size, taps, channels, fi
 
 
 KINDS = {
-    "depthwise": dict(taps=(3, 3), filters=4, groups=4, padding=((1, 1), (0, 1)), stride=(2, 2)),
-    "1x1": dict(taps=(1, 1), filters=6, groups=1, padding=((0, 0), (0, 0)), stride=(2, 2)),
+    "depthwise": {"taps": (3, 3), "filters": 4, "groups": 4, "padding": ((1, 1), (0, 1)), "stride": (2, 2)},
+    "1x1": {"taps": (1, 1), "filters": 6, "groups": 1, "padding": ((0, 0), (0, 0)), "stride": (2, 2)},
 }
 
 
@@ -120,9 +119,9 @@ def of_kind(kind, convolve=convolution, dtype=np.float64, batch=2, size=(5, 6)):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 4e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)])
 def test_lower_precision_is_rounded_once(kind, dtype, tolerance):
-    """Against float64 of the same operands: half a unit of bfloat16 is 2^-9, so any sum kept in bfloat16 fails."""
+    """Against float64 of the same operands: one rounding to bfloat16 errs by 2^-8 at most, a sum kept in it by more."""
     convolve, given = of_kind(kind, dtype=dtype, batch=8, size=(24, 24))
     exact, _ = of_kind(kind, plain)
     cotangent = jnp.ones(jax.eval_shape(convolve, *given).shape, dtype)
@@ -135,7 +134,7 @@ def test_lower_precision_is_rounded_once(kind, dtype, tolerance):
     expected = jax.jit(partial(all_three, exact))(*(x.astype(jnp.float64) for x in (*given, cotangent)))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype
-        np.testing.assert_allclose(a.astype(jnp.float64), b, rtol=tolerance, atol=tolerance / 1000 * jnp.abs(b).max())
+        np.testing.assert_allclose(a.astype(jnp.float64), b, rtol=tolerance, atol=1e-6 * float(jnp.abs(b).max()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,7 +177,7 @@ def test_shard_map_sums_the_kernel_gradient_over_devices(kind, check_vma):
         return of_images, of_kernel if check_vma else lax.psum(of_kernel, "data")
 
     data, replicated = PartitionSpec("data"), PartitionSpec()
-    specs = dict(in_specs=(data, replicated), out_specs=(data, replicated), check_vma=check_vma)
+    specs = {"in_specs": (data, replicated), "out_specs": (data, replicated), "check_vma": check_vma}
     found = jax.jit(jax.shard_map(gradients, mesh=mesh, **specs))(images, kernel)
     expected = jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(ours(*x))), (0, 1)))(images, kernel)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13), found, expected)
@@ -191,11 +190,10 @@ def all_products(kind, images, kernel):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_each_platform_gets_its_own_program(kind, platform):
-    """An export from this machine for another: the plain convolution thrice there, none here, a conditional nowhere."""
+    """An export from this machine for another: the plain convolution thrice there, none here."""
     given = of_kind(kind, dtype=jnp.float32)[1]
     module = export.export(jax.jit(partial(all_products, kind)), platforms=[platform])(*given).mlir_module()
     assert module.count("stablehlo.convolution") == (0 if platform == "cpu" else 3)
-    assert "stablehlo.case" not in module
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from cnnfamily.errors import UsageError, unknown
 from cnnfamily.models import efficientnet, lenet, resnet
+from cnnfamily.models.layers import parameter_dtype_of
 
 # name -> (module class, the fields in which this variant differs from the class's defaults)
 NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -78,7 +79,7 @@ def initialize(network: nn.Module, key: jax.Array, *, resolution: int = 0) -> di
     """
     resolution = resolution or network.resolution
     shape = (1, resolution, resolution, network.in_channels)
-    images = jax.ShapeDtypeStruct(shape, jnp.promote_types(jnp.float32, network.dtype))
+    images = jax.ShapeDtypeStruct(shape, parameter_dtype_of(network.dtype))
     variables = {"batch_stats": {}}
 
     def keep_variables(images):

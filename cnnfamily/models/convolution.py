@@ -1,8 +1,8 @@
 """The convolution that every layer calls, and what runs in its place on a CPU.
 
-XLA's CPU compiler is slow at two kinds of convolution of which the mobile families are made. A depthwise filter
-gradient it expands to a dense channels x channels convolution; the others, and every 1x1 filter gradient, miss its
-fast kernels. Both kinds are bilinear, so each is written here as three products,
+XLA's CPU compiler is slow at two kinds of convolution of which the mobile families are made: depthwise ones (the filter
+gradient it expands to a dense channels x channels convolution) and the filter gradient of 1x1 ones. Both kinds are
+bilinear, so each is written here as three products,
 
     output(images, kernel)    to_images(cotangent, kernel)    to_kernel(images, cotangent)
 
@@ -10,6 +10,9 @@ the second and third being the gradients of the first. The gradients of each of 
 derivatives of any order stay among them. Each product is chosen at lowering: the CPU form below, or the plain
 convolution and its transposes on every other platform. The choice stands inside the differentiation rules because
 the gradient of a conditional would keep the residuals of both branches.
+
+Times in this file: milliseconds, float32, batch 16, two Zen 5 cores, JAX 0.10.2 / 0.12.0.1, medians of 5 to 7. In all,
+14x14x480 3x3: forward 32 / 24 plain, 1.4 / 1.3 here; with both gradients 138 / 104 plain, 5.5 / 6.0 here.
 """
 
 from collections.abc import Callable
@@ -79,10 +82,12 @@ def _live_taps(size: int, taps: int, stride: int, padding: Pair) -> tuple[slice,
 def _vary_alike(images: Array, kernel: Array) -> tuple[Array, Array]:
     """Casts both to vary over the same manual axes, without which `shard_map(check_vma=True)` refuses the gradients.
 
-    A product with the other's 1 does so on every JAX version, and XLA folds it; the attribute that names the axes
-    was renamed between versions.
+    A product with the other's 1 does so by public means on every JAX version, and XLA folds it.
     """
-    return images * jnp.ones_like(kernel, shape=()), kernel * jnp.ones_like(images, shape=())
+    return (
+        images * jnp.ones_like(kernel, images.dtype, ()),
+        kernel * jnp.ones_like(images, kernel.dtype, ()),
+    )
 
 
 def _plain_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
@@ -108,7 +113,9 @@ def _plain_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Arr
     return jax.vjp(lambda kernel: _plain_output(images, kernel, geometry), kernel)[1](cotangent)[0]
 
 
-# On a CPU, depthwise: shifted multiply-adds, every one of which XLA fuses into a single loop over the map.
+# On a CPU, depthwise: shifted multiply-adds, which XLA fuses into a single loop over the padded map. To pad each
+# product instead of the images is faster for a 3x3 alone (0.29 for 0.80 at 28x28x240, stride 2), but not between
+# batch norm and SiLU.
 
 
 def _depthwise_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
@@ -116,14 +123,18 @@ def _depthwise_output(images: Array, kernel: Array, geometry: Geometry) -> Array
 
 
 def _depthwise_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
-    """Each of the stride x stride phases of the map is a correlation of stride 1 with the taps that reach it."""
+    """Each of the stride x stride phases of the map is a correlation of stride 1 with the taps that reach it.
+
+    A cotangent dilated with zeros takes three times as long: 9.2 for 2.9 at 56x56x144, 5x5, stride 2.
+    """
     (height, width), (row_stride, column_stride) = geometry.image_size, geometry.stride
     rows, columns = -(-height // row_stride), -(-width // column_stride)
 
     def phase(row, column):
         row_taps, row_padding = _phase(row, 0, rows, cotangent.shape[1], geometry)
         column_taps, column_padding = _phase(column, 1, columns, cotangent.shape[2], geometry)
-        return _multiply_add(cotangent, kernel[row_taps, column_taps, 0][::-1, ::-1], (1, 1), (row_padding, column_padding))
+        flipped = kernel[row_taps, column_taps, 0][::-1, ::-1]
+        return _multiply_add(cotangent, flipped, (1, 1), (row_padding, column_padding))
 
     phases = jnp.stack([jnp.stack([phase(r, c) for c in range(column_stride)], 3) for r in range(row_stride)], 2)
     images = phases.reshape(cotangent.shape[0], rows * row_stride, columns * column_stride, cotangent.shape[3])
@@ -140,7 +151,10 @@ def _phase(phase: int, axis: int, size: int, outputs: int, geometry: Geometry) -
 
 
 def _depthwise_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
-    """One reduction with an operand for each tap, so that all sums grow together in one pass over the map."""
+    """One reduction with an operand for each tap, so that all sums grow together in one pass over the map.
+
+    A reduction for each tap takes 79 for 7.7 at 28x28x240, 5x5. The batch is left to a second sum: 17 without.
+    """
     dtype = _sum_dtype(images)
     zero = jnp.zeros((), dtype)
     padded = _pad(images, geometry.padding)
@@ -186,7 +200,9 @@ def _sum_dtype(images: Array) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if jnp.finfo(images.dtype).bits < 32 else images.dtype
 
 
-# On a CPU, 1x1: matrix products over the pixels that the stride leaves.
+# On a CPU, 1x1: matrix products over the pixels that the stride leaves. The kernel's gradient gains most, 45 to 10 /
+# 57 to 13 at 14x14x1024 to 256; the others are equal or better, 12 to 8.7 / 11.3 to 10.9. bfloat16 operands with a
+# float32 result: 4.7 / 5.1, with a bfloat16 one 9.7 / 7.7.
 
 
 def _pointwise_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
@@ -195,7 +211,7 @@ def _pointwise_output(images: Array, kernel: Array, geometry: Geometry) -> Array
 
 def _pointwise_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
     images = _product_over(cotangent, kernel[0, 0], (3,), (1,))
-    spread = [
+    spread = [  # zeros between the pixels, and after the last one where the stride left some over
         (0, size - (count - 1) * step - 1, step - 1)
         for size, count, step in zip(geometry.image_size, cotangent.shape[1:3], geometry.stride, strict=True)
     ]

@@ -51,7 +51,7 @@ def check_images(images: jax.Array, in_channels: int, smallest: int) -> None:
 
 def parameter_dtype_of(dtype: str) -> jnp.dtype:
     """Of parameters, statistics and logits when the arithmetic is in `dtype`."""
-    return jnp.promote_types(jnp.float32, dtype)
+    return jnp.dtype("float64" if jnp.finfo(dtype).bits == 64 else "float32")
 
 
 class Conv(nn.Module):
@@ -109,7 +109,7 @@ class Linear(nn.Module):
 
 def logits(x: jax.Array) -> jax.Array:
     """Class scores leave the network in float32 (float64 where it computes in that)."""
-    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    return x.astype(parameter_dtype_of(x.dtype))
 
 
 class BatchNorm(nn.Module):

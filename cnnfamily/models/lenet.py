@@ -51,6 +51,11 @@ def scaled_tanh(x):
     return 1.7159 * jnp.tanh(x * (2 / 3))
 
 
+def sum_pool(x, window, strides):
+    """Sum of each window; linen's `avg_pool` divides by a NumPy integer, which strict dtype promotion refuses."""
+    return nn.pool(x, 0.0, jax.lax.add, window, strides, "VALID")
+
+
 class LeNet5(nn.Module):
     """The dense LeNet-5 (61,706 parameters) for images `[batch, 32, 32, in_channels]`; logits `[batch, num_classes]` float32.
 
@@ -71,7 +76,7 @@ class LeNet5(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False, position: jax.Array | None = None) -> jax.Array:
         _check_size(images, self.in_channels, self.resolution)
         activation = choose("activation", self.activation, ACTIVATIONS)
-        pool = choose("pool", self.pool, {"max": nn.max_pool, "average": nn.avg_pool})
+        pool = choose("pool", self.pool, {"max": nn.max_pool, "average": lambda *window: sum_pool(*window) / 4})
 
         def conv(filters, name):
             filters = round_filters(filters, self.width, divisor=1)
@@ -97,7 +102,7 @@ class Subsample(nn.Module):
         shape, parameter_dtype = (x.shape[-1],), parameter_dtype_of(self.dtype)
         scale = parameter(self, "scale", constant(0.25), shape, parameter_dtype)
         bias = parameter(self, "bias", zeros, shape, parameter_dtype)
-        total = 4 * nn.avg_pool(x, (2, 2), (2, 2))
+        total = sum_pool(x, (2, 2), (2, 2))
         return total * scale.astype(self.dtype) + bias.astype(self.dtype)
 
 
@@ -157,7 +162,7 @@ class LeNet5Original(nn.Module):
         x = scaled_tanh(Linear(84, uniform_fan_in, dtype=self.dtype, name="f6")(x))
         self.sow("intermediates", "f6", x)
         if rbf:
-            return -jnp.square(logits(x)[:, None] - rbf_codes()).sum(axis=-1)
+            return -jnp.square(logits(x)[:, None] - rbf_codes().astype(parameter_dtype_of(self.dtype))).sum(axis=-1)
         return logits(Linear(self.num_classes, uniform_fan_in, dtype=self.dtype, name="classifier")(x))
 
 

@@ -1,0 +1,358 @@
+"""The shared layers against values worked out by hand, and batch normalisation on any number of devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of
+from flax import linen as nn
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from cnnfamily.errors import UsageError
+from cnnfamily.models import layers
+from cnnfamily.models.layers import (
+    BatchNorm,
+    Conv,
+    Linear,
+    SqueezeExcite,
+    check_images,
+    choose,
+    drop_rates,
+    dropout,
+    keep_scales,
+)
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+# Convolution and linear layer
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "outputs"),
+    [
+        (8, 3, 1, "symmetric", 8),
+        (8, 3, 1, "same", 8),
+        (8, 3, 1, "valid", 6),
+        (8, 3, 2, "symmetric", 4),
+        (8, 3, 2, "same", 4),
+        (8, 3, 2, "valid", 3),
+        (7, 3, 2, "symmetric", 4),
+        (7, 3, 2, "same", 4),
+        (8, 1, 2, "symmetric", 4),
+        (8, 5, 2, "same", 4),
+        (8, 2, 1, "symmetric", 7),  # an even kernel has no middle
+        (8, 2, 1, "same", 8),
+    ],
+)
+def test_conv_sizes(size, kernel, stride, padding, outputs):
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    conv = Conv(4, kernel, stride, padding)
+    found, variables = jax.eval_shape(conv.init_with_output, jax.random.key(0), images)
+    assert found.shape == (2, outputs, outputs, 4)
+    assert jax.tree.map(lambda x: x.shape, variables) == {"params": {"kernel": (kernel, kernel, 3, 4)}}
+
+
+@pytest.mark.parametrize(
+    ("padding", "stride", "expected"),
+    [
+        # Of a row 1, 2, 3, 4 under the kernel 1, 10, 100: out of sight is 0.
+        ("symmetric", 1, [210, 321, 432, 43]),
+        ("same", 1, [210, 321, 432, 43]),
+        ("valid", 1, [321, 432]),
+        ("symmetric", 2, [210, 432]),  # one zero before
+        ("same", 2, [321, 43]),  # one zero after
+        ("valid", 2, [321]),
+    ],
+)
+def test_conv_values(padding, stride, expected):
+    # The middle row of a 3x3 kernel on a map of 4x4 whose second row holds the numbers: output row 1, or 0 without padding.
+    images = np.zeros((1, 4, 4, 1), np.float32)
+    images[0, :, :, 0] = [1, 2, 3, 4]
+    kernel = np.zeros((3, 3, 1, 1), np.float32)
+    kernel[1, :, 0, 0] = [1, 10, 100]
+    output = Conv(1, 3, stride, padding).apply({"params": {"kernel": kernel}}, images)
+    np.testing.assert_array_equal(output[0, 0, :, 0], expected)
+
+
+def test_conv_groups_and_bias():
+    images = np.array([1.0, 2.0, 3.0, 4.0], np.float32).reshape(1, 1, 1, 4)
+    kernel = np.array([[1.0, 10.0], [100.0, 1000.0]], np.float32).reshape(1, 1, 2, 2)  # [inputs of a group, filters]
+    bias = np.array([0.5, -0.5], np.float32)
+    output = Conv(2, 1, groups=2, bias=True).apply({"params": {"kernel": kernel, "bias": bias}}, images)
+    np.testing.assert_array_equal(output.ravel(), [1 * 1 + 2 * 100 + 0.5, 3 * 10 + 4 * 1000 - 0.5])
+
+
+def test_linear():
+    kernel, bias = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], np.float32), np.array([0.5, 0.0, -0.5], np.float32)
+    output = Linear(3).apply({"params": {"kernel": kernel, "bias": bias}}, np.array([[1.0, 10.0]], np.float32))
+    np.testing.assert_array_equal(output, [[41.5, 52, 62.5]])
+
+
+@pytest.mark.parametrize("layer", [Conv(4, 3, bias=True, dtype="bfloat16"), Linear(4, dtype="bfloat16")])
+def test_parameters_stay_float32(layer):
+    output, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 4, 4, 2)))
+    assert output.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+
+
+# Batch normalisation
+
+SCALE, BIAS = np.array([1.5, -0.5], np.float32), np.array([0.25, 2.0], np.float32)
+OLD_MEAN, OLD_VAR = np.array([3.0, -1.0], np.float32), np.array([2.0, 5.0], np.float32)
+NORM = {"params": {"scale": SCALE, "bias": BIAS}, "batch_stats": {"mean": OLD_MEAN, "var": OLD_VAR}}
+
+
+def by_hand(x, group, epsilon=1e-5):
+    """Output and the statistics' means over contiguous groups; the variance divides by n."""
+    outputs, means, variances = [], [], []
+    for part in np.split(np.asarray(x, np.float64), len(x) // group):
+        mean = part.sum((0, 1, 2)) / part[..., 0].size
+        var = ((part - mean) ** 2).sum((0, 1, 2)) / part[..., 0].size
+        outputs.append((part - mean) / np.sqrt(var + epsilon) * SCALE + BIAS)
+        means.append(mean)
+        variances.append(var)
+    return np.concatenate(outputs), np.mean(means, 0), np.mean(variances, 0)
+
+
+@pytest.mark.parametrize("group", [0, 8, 4, 2, 1])
+def test_batch_norm_in_training(group):
+    x = 2 * draw(8, 3, 3, 2) + 1
+    expected, mean, var = by_hand(x, group or 8)
+    norm = BatchNorm(train=True, momentum=0.75, group=group)
+    output, updates = norm.apply(NORM, x, mutable=["batch_stats"])
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+    running = updates["batch_stats"]
+    np.testing.assert_allclose(running["mean"], 0.75 * OLD_MEAN + 0.25 * mean, rtol=1e-5)
+    np.testing.assert_allclose(running["var"], 0.75 * OLD_VAR + 0.25 * var, rtol=1e-5)
+
+
+def test_batch_norm_in_evaluation():
+    x = draw(4, 3, 3, 2)
+    output, updates = BatchNorm(train=False, epsilon=0.1).apply(NORM, x, mutable=["batch_stats"])
+    np.testing.assert_allclose(output, (x - OLD_MEAN) / np.sqrt(OLD_VAR + 0.1) * SCALE + BIAS, rtol=1e-5, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], NORM["batch_stats"])
+
+
+def test_batch_norm_starts_from_zero_and_one_whatever_it_is_initialised_with():
+    variables = BatchNorm(train=True).init(jax.random.key(0), 5 + draw(4, 2, 2, 2))
+    np.testing.assert_array_equal(variables["batch_stats"]["mean"], [0, 0])
+    np.testing.assert_array_equal(variables["batch_stats"]["var"], [1, 1])
+
+
+def on_devices(step, devices, *operands, outputs):
+    """`step(shared, x)` on as many devices, x cut along the batch, and its outputs, "cut" likewise or the same on all."""
+    specs = {"cut": PartitionSpec("data"), "same": PartitionSpec()}
+    outputs = jax.tree.map(specs.get, outputs)
+    mapped = jax.shard_map(
+        step, mesh=mesh_of(devices), in_specs=(specs["same"], specs["cut"]), out_specs=outputs, check_vma=False
+    )
+    # Programs of different numbers of CPU devices that are in flight together can deadlock.
+    return jax.block_until_ready(jax.jit(mapped)(*operands))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("group", [2, 4, 8, 0])  # on 4 devices of 2 examples: one device, two, all
+def test_batch_norm_is_the_same_function_on_any_number_of_devices(x64, devices, group):
+    x = np.float64(draw(8, 2, 2, 2))
+    target = np.float64(draw(8, 2, 2, 2, seed=1))
+    weights = {"before": np.array([0.7, -1.3]), **jax.tree.map(np.float64, NORM["params"])}
+    stats = jax.tree.map(np.float64, NORM["batch_stats"])
+
+    def local_loss(output, target):
+        return (jnp.tanh(output) * target).mean()  # not linear: the gradient passes through mean and variance
+
+    def step(weights, both):
+        """One device's step, as `train_step` has it: local loss, then the mean over devices of all that is shared."""
+
+        def loss(weights):
+            norm = BatchNorm(train=True, group=group, axis_name="data", dtype="float64")
+            params = {"scale": weights["scale"], "bias": weights["bias"]}
+            variables = {"params": params, "batch_stats": stats}
+            output, updates = norm.apply(variables, both[0] * weights["before"] + both[0] ** 3, mutable=["batch_stats"])
+            return local_loss(output, both[1]), (output, updates["batch_stats"])
+
+        grads, (output, updates) = jax.grad(loss, has_aux=True)(weights)
+        return output, lax.pmean(grads, "data"), lax.pmean(updates, "data")
+
+    output, grads, updates = on_devices(step, devices, weights, (x, target), outputs=("cut", "same", "same"))
+
+    def plainly(weights):
+        grouped = (x * weights["before"] + x**3).reshape(-1, group or 8, 2, 2, 2)
+        mean, var = grouped.mean((1, 2, 3), keepdims=True), jnp.var(grouped, (1, 2, 3), keepdims=True)
+        output = (grouped - mean) / jnp.sqrt(var + 1e-5) * weights["scale"] + weights["bias"]
+        output = output.reshape(x.shape)
+        return local_loss(output, target), (output, mean.mean((0, 1, 2, 3)), var.mean((0, 1, 2, 3)))
+
+    expected, (plain_output, mean, var) = jax.grad(plainly, has_aux=True)(jax.tree.map(jnp.asarray, weights))
+    np.testing.assert_allclose(output, plain_output, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(updates["mean"], 0.9 * stats["mean"] + 0.1 * mean, rtol=1e-12)
+    np.testing.assert_allclose(updates["var"], 0.9 * stats["var"] + 0.1 * var, rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), grads, expected)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_batch_norm_with_a_mean_large_beside_the_deviation(devices):
+    # A float32 near 1000 has steps of 6e-5. E[x^2] - E[x]^2 has errors near 0.06 where the variance is 0.01.
+    x = np.float32(1000 + 0.1 * draw(8, 4, 4, 2))
+    norm = BatchNorm(train=True, axis_name="data")
+
+    def step(variables, x):
+        return norm.apply(variables, x, mutable=["batch_stats"])[0]
+
+    output = on_devices(step, devices, NORM, x, outputs="cut")
+    np.testing.assert_allclose(output, by_hand(x, 8)[0], atol=3e-3)
+
+
+@pytest.mark.parametrize("group", [3, 16, 5])
+def test_batch_norm_groups_must_divide_the_batch(group):
+    with pytest.raises(UsageError, match=rf"groups of {group} examples \(model.norm_group\) do not divide a batch of 8"):
+        BatchNorm(train=True, group=group).apply(NORM, jnp.ones((8, 1, 1, 2)), mutable=["batch_stats"])
+
+
+def test_batch_norm_groups_must_not_cut_a_device_in_the_middle():
+    def step(variables, x):
+        return BatchNorm(train=True, group=6, axis_name="data").apply(variables, x, mutable=["batch_stats"])[0]
+
+    with pytest.raises(UsageError, match="in 3 x 4: expected a divisor"):
+        on_devices(step, 3, NORM, jnp.ones((12, 1, 1, 2)), outputs="cut")
+
+
+# Squeeze-and-excitation, dropout, stochastic depth
+
+
+def test_squeeze_excite():
+    x = np.array([[[1.0, 10.0], [3.0, -10.0]]], np.float32)[None]  # means 2 and 0
+    reduce = {"kernel": np.array([[2.0], [7.0]], np.float32)[None, None], "bias": np.array([-1.0], np.float32)}
+    expand = {"kernel": np.array([[1.0, -1.0]], np.float32)[None, None], "bias": np.array([0.0, 0.5], np.float32)}
+    output = SqueezeExcite(1).apply({"params": {"reduce": reduce, "expand": expand}}, x)
+    hidden = 2 * 2 + 7 * 0 - 1
+    gates = 1 / (1 + np.exp([-hidden, hidden - 0.5]))
+    np.testing.assert_allclose(output, x * gates, rtol=1e-6)
+    blocked = SqueezeExcite(1).apply({"params": {"reduce": reduce, "expand": expand}}, -x)  # the hidden unit at -5 is cut off
+    np.testing.assert_allclose(blocked, -x / (1 + np.exp([0.0, -0.5])), rtol=1e-6)
+
+
+def masks(position, rate=0.3, shape=(40, 50)):
+    return np.asarray(dropout(jnp.ones((len(position), *shape)), rate, jax.random.key(1), jnp.asarray(position)))
+
+
+def test_dropout_rate_and_scale():
+    found = masks(range(4))
+    assert set(np.unique(found)) == {0, np.float32(1 / 0.7)}
+    # 8,000 draws: the share that is kept has a deviation of sqrt(0.3 * 0.7 / 8000).
+    assert abs((found > 0).mean() - 0.7) < 5 * (0.3 * 0.7 / found.size) ** 0.5
+
+
+def test_dropout_masks_belong_to_positions():
+    whole = masks(range(6), shape=(8,))
+    assert len(np.unique(whole, axis=0)) == 6
+    np.testing.assert_array_equal(masks([4, 0, 2], shape=(8,)), whole[[4, 0, 2]])
+    np.testing.assert_array_equal(np.concatenate([masks(range(3), shape=(8,)), masks(range(3, 6), shape=(8,))]), whole)
+
+
+def test_drop_rates():
+    assert drop_rates(0.5, 4, "l/L") == (0.125, 0.25, 0.375, 0.5)
+    assert drop_rates(0.2, 4, "i/N") == pytest.approx((0, 0.05, 0.1, 0.15))
+    assert drop_rates(0.5, 0, "l/L") == ()
+    with pytest.raises(UsageError, match="unknown stochastic-depth schedule 'l/N'"):
+        drop_rates(0.5, 4, "l/N")
+
+
+class Depth(nn.Module):
+    """The fields that `keep_scales` reads."""
+
+    stochastic_depth: float = 0.6
+    stochastic_depth_form: str = "example"
+    stochastic_depth_schedule: str = "i/N"
+
+    def __call__(self, train, position):
+        return keep_scales(self, 3, train, jnp.asarray(position))
+
+
+def scales(position, train=True, seed=0, **fields):
+    return Depth(**fields).apply({}, train, position, rngs={"stochastic_depth": jax.random.key(seed)})
+
+
+def test_keep_scales():
+    first, second, third = scales(range(4000))
+    assert first is None  # rate 0: always runs
+    for scale, rate in ((second, 0.2), (third, 0.4)):
+        assert scale.shape == (4000, 1, 1, 1)
+        assert set(np.unique(scale)) == {0, np.float32(1 / (1 - rate))}
+        # The mean of n factors of 0 or 1/(1-p) has a deviation of sqrt(p / (1 - p) / n).
+        assert abs(float(scale.mean()) - 1) < 5 * (rate / (1 - rate) / 4000) ** 0.5
+    dropped = np.stack([second, third]).squeeze() == 0
+    both = dropped.all(0).mean()  # blocks drop independently
+    assert abs(both - 0.2 * 0.4) < 5 * (0.08 * 0.92 / 4000) ** 0.5
+
+
+def test_keep_scales_belong_to_positions():
+    whole = scales(range(64), stochastic_depth_schedule="l/L")
+    part = scales([40, 3, 17], stochastic_depth_schedule="l/L")
+    for a, b in zip(part, whole, strict=True):
+        np.testing.assert_array_equal(a, b[jnp.array([40, 3, 17])])
+    other = scales(range(64), seed=1, stochastic_depth_schedule="l/L")
+    assert any((a != b).any() for a, b in zip(other, whole, strict=True))
+
+
+@pytest.mark.parametrize("fields", [{"train": False}, {"stochastic_depth": 0.0}, {"stochastic_depth_form": "none"}])
+def test_no_branch_is_scaled(fields):
+    assert scales(range(4), **fields) == [None] * 3
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_a_rate_that_is_none(rate):
+    with pytest.raises(UsageError, match=f"stochastic_depth={rate}: expected a rate from 0 to below 1"):
+        scales(range(4), stochastic_depth=rate)
+
+
+def test_a_branch_without_a_factor_is_left_alone():
+    branch = jnp.ones((2, 1, 1, 3), jnp.bfloat16)
+    assert layers.scale_branch(branch, None) is branch
+    scaled = layers.scale_branch(branch, jnp.array([0.0, 2.0]).reshape(2, 1, 1, 1))
+    assert scaled.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(scaled[:, 0, 0, 0].astype(jnp.float32), [0, 2])
+
+
+# Checks
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 32, 32), r"images of shape \(2, 32, 32\): expected \[batch, height, width, 3\]"),
+        ((2, 32, 32, 1), r"\(2, 32, 32, 1\): expected .* 3\]; field in_channels"),
+        ((2, 32, 31, 3), "images of 32 x 31 pixels are smaller .* expected 32 x 32 or more"),
+    ],
+)
+def test_check_images(shape, message):
+    with pytest.raises(UsageError, match=message):
+        check_images(jnp.zeros(shape), 3, smallest=32)
+    check_images(jnp.zeros((0, 32, 40, 3)), 3, smallest=32)
+
+
+def test_choose():
+    assert choose("activation", "relu6", layers.ACTIVATIONS) is nn.relu6
+    assert choose("form", "b", ("a", "b")) == "b"
+    with pytest.raises(UsageError, match="unknown activation 'swish'; did you mean 'hard_swish'\\? known: relu, "):
+        choose("activation", "swish", layers.ACTIVATIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "at_minus_2_and_7"),
+    [
+        ("relu", [0, 7]),
+        ("relu6", [0, 6]),
+        ("silu", [-2 / (1 + np.exp(2)), 7 / (1 + np.exp(-7))]),
+        ("hard_swish", [-2 * 1 / 6, 7]),
+        ("tanh", [np.tanh(-2), np.tanh(7)]),
+        ("sigmoid", [1 / (1 + np.exp(2)), 1 / (1 + np.exp(-7))]),
+        ("identity", [-2, 7]),
+    ],
+)
+def test_activations(name, at_minus_2_and_7):
+    np.testing.assert_allclose(layers.ACTIVATIONS[name](jnp.array([-2.0, 7.0])), at_minus_2_and_7, rtol=1e-6)

@@ -1,0 +1,163 @@
+"""Parameters and multiply-adds, exact to the last one, and the command that prints them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from cnnfamily import summary
+from cnnfamily.errors import UsageError
+from cnnfamily.models import create_model, initializers, list_models
+from cnnfamily.summary import summarize
+
+# name -> parameters, multiply-adds at the network's own resolution. Where torchvision 0.29.1 has the network, parameters are
+# its `num_params` and the multiply-adds round to its `_ops`. The others were computed by an analytic counter that reproduces
+# both for every torchvision network.
+NETWORKS = {
+    "lenet5": (61_706, 416_520),
+    "lenet5_1998": (60_000, 325_680),  # LeCun et al. 1998, section II-B; multiply-adds by hand in test_lenet.py
+    "resnet18": (11_689_512, 1_814_073_344),
+    "resnet34": (21_797_672, 3_663_761_408),
+    "resnet50": (25_557_032, 4_089_184_256),
+    "resnet101": (44_549_160, 7_801_405_440),
+    "resnet152": (60_192_808, 11_513_626_624),
+    "resnet50_v1": (25_557_032, 3_857_973_248),
+    "resnext50_32x4d": (25_028_904, 4_230_479_872),
+    "resnext101_32x8d": (88_791_336, 16_414_015_488),
+    "resnext101_64x4d": (83_455_272, 15_460_270_080),
+    "wide_resnet50_2": (68_883_240, 11_398_021_120),
+    "wide_resnet101_2": (126_886_696, 22_753_050_624),
+    "se_resnet18": (11_778_592, 1_814_160_384),
+    "se_resnet34": (21_958_868, 3_663_918_592),
+    "se_resnet50": (28_088_024, 4_091_699_200),
+    "se_resnet101": (49_326_872, 7_806_148_608),
+    "se_resnet152": (66_821_848, 11_520_204_800),
+    # He et al. 2015, Table 6: 0.27, 0.46, 0.66, 0.85, 1.7 and 19.4 million.
+    "resnet20_cifar": (269_722, 40_551_040),
+    "resnet32_cifar": (464_154, 68_862_592),
+    "resnet44_cifar": (658_586, 97_174_144),
+    "resnet56_cifar": (853_018, 125_485_696),
+    "resnet110_cifar": (1_727_962, 252_887_680),
+    "resnet1202_cifar": (19_421_274, 2_829_238_912),
+    # Tan and Le 2019, Table 2: 5.3M 0.39B, 7.8M 0.70B, 9.2M 1.0B, 12M 1.8B, 19M 4.2B, 30M 9.9B, 43M 19B, 66M 37B.
+    "efficientnet_b0": (5_288_548, 385_814_752),
+    "efficientnet_b1": (7_794_184, 686_802_832),
+    "efficientnet_b2": (9_109_994, 993_561_872),
+    "efficientnet_b3": (12_233_232, 1_827_141_392),
+    "efficientnet_b4": (19_341_616, 4_393_771_024),
+    "efficientnet_b5": (30_389_784, 10_266_384_752),
+    "efficientnet_b6": (43_040_704, 19_067_593_536),
+    "efficientnet_b7": (66_347_960, 37_745_884_192),
+}
+
+# (name, fields, pixels) -> the same, from the same counter.
+CHANGED = {
+    ("lenet5_1998", "output=linear", 32): (60_850, 326_520),
+    ("resnet20_cifar", "shortcut=B", 32): (272_474, 40_813_184),
+    ("resnet32_cifar", "shortcut=B", 32): (466_906, 69_124_736),
+    ("resnet44_cifar", "shortcut=B", 32): (661_338, 97_436_288),
+    ("resnet56_cifar", "shortcut=B", 32): (855_770, 125_747_840),
+    ("resnet110_cifar", "shortcut=B", 32): (1_730_714, 253_149_824),
+    ("resnet1202_cifar", "shortcut=B", 32): (19_424_026, 2_829_501_056),
+    ("efficientnet_b2", "", 288): (9_109_994, 1_087_529_456),  # at which torchvision gives its `_ops`
+    # Tan and Le 2019, Table 7: one dimension at a time, and all three (1.3 * 224 = 291.2 pixels).
+    ("efficientnet_b0", "depth=4", 224): (20_091_856, 1_575_132_640),
+    ("efficientnet_b0", "width=2", 224): (18_122_720, 1_449_958_848),
+    ("efficientnet_b0", "", 448): (5_288_548, 1_537_537_408),
+    ("efficientnet_b0", "depth=1.4 width=1.2", 291): (12_233_232, 1_800_091_280),
+}
+
+
+def slow(name):
+    return [pytest.mark.full] if "1202" in name else []
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow(name)) for name in NETWORKS])
+def test_counts(name):
+    found = summarize(name)
+    assert (found.params, found.macs) == NETWORKS[name]
+    assert sum(layer.params for layer in found.layers) == found.params
+    assert sum(layer.macs for layer in found.layers) == found.macs
+
+
+@pytest.mark.parametrize(("name", "fields", "pixels"), [pytest.param(*row, marks=slow(row[0])) for row in CHANGED])
+def test_counts_of_changed_networks(name, fields, pixels):
+    overrides = dict(field.split("=") for field in fields.split())
+    overrides = {key: float(value) if value[0].isdigit() else value for key, value in overrides.items()}
+    found = summarize(create_model(name, **overrides), resolution=pixels)
+    assert (found.params, found.macs, found.resolution) == (*CHANGED[name, fields, pixels], pixels)
+
+
+def test_networks_whose_counts_follow_from_anothers():
+    for plain, residual in (("plain20_cifar", "resnet20_cifar"), ("plain56_cifar", "resnet56_cifar")):  # A has no parameters
+        found = summarize(plain)
+        assert (found.params, found.macs) == NETWORKS[residual]
+    # The three projections of the residual networks, with their norms.
+    for plain, residual in (("plain18", "resnet18"), ("plain34", "resnet34")):
+        projections = [(64, 128, 28), (128, 256, 14), (256, 512, 7)]
+        params = NETWORKS[residual][0] - sum(a * b + 2 * b for a, b, _ in projections)
+        macs = NETWORKS[residual][1] - sum(a * b * side**2 for a, b, side in projections)
+        found = summarize(plain)
+        assert (found.params, found.macs) == (params, macs)
+    # v1 runs the first 1x1 of three stages at half the side: a quarter of the positions.
+    saved = sum(2**i * 256 * 2**i * 128 * (side**2 - (side // 2) ** 2) for i, side in enumerate((56, 28, 14)))
+    for name in ("resnet101", "resnet152"):
+        found = summarize(f"{name}_v1")
+        assert (found.params, found.macs) == (NETWORKS[name][0], NETWORKS[name][1] - saved)
+
+
+def test_no_registered_network_goes_uncounted():
+    derived = {"plain18", "plain34", "plain20_cifar", "plain56_cifar", "resnet101_v1", "resnet152_v1"}
+    assert set(NETWORKS) | derived == set(list_models())
+
+
+def test_a_network_without_batch_statistics_or_classes_of_ours():
+    class Tiny(nn.Module):
+        resolution: int = 4
+        in_channels: int = 2
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(3, (2, 2), padding="VALID", param_dtype=x.dtype)(x)
+
+    found = summarize(Tiny())
+    assert (found.name, found.params, found.macs) == ("Tiny", 2 * 2 * 2 * 3 + 3, 3 * 3 * 24)
+    assert found.layers == (summary.Layer("Conv_0", "Conv", (3, 3, 3), 27, 216),)
+
+
+def test_nothing_is_drawn(monkeypatch):
+    def draw(kind, key, shape, dtype):
+        assert isinstance(key, jax.core.Tracer)
+        return jnp.zeros(shape, dtype)
+
+    monkeypatch.setattr(initializers, "_random", draw)
+    assert summarize("resnet18").params == NETWORKS["resnet18"][0]
+
+
+def test_json_output(capsys):
+    summary.main(["resnet18", "lenet5*", "resnet18", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == ["resnet18", "lenet5", "lenet5_1998"]
+    assert rows[0] == {"name": "resnet18", "resolution": 224, "params": 11_689_512, "macs": 1_814_073_344, "layers": 41}
+    summary.main(["lenet5", "--json", "--layers"])
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["layers"][0] == {"name": "c1", "kind": "Conv", "output": [28, 28, 6], "params": 156, "macs": 117_600}
+
+
+def test_text_output(capsys):
+    summary.main(["lenet5", "--layers"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["lenet5", "32", "61,706", "416,520"]
+    assert lines[-1].split() == ["classifier", "Linear", "10", "850", "840"]
+    assert len(lines) == 2 + 5
+
+
+def test_errors():
+    with pytest.raises(UsageError, match="unknown model 'resnet5'; did you mean 'resnet50'"):
+        summary.main(["resnet5"])
+    with pytest.raises(UsageError, match="unknown model 'nothing\\*'"):
+        summary.main(["nothing*"])
+    with pytest.raises(UsageError, match="--layer"):
+        summary.main(["--layer"])  # no abbreviations
