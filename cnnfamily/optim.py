@@ -44,9 +44,13 @@ def learning_rate_schedule(config: ConfigDict, *, total_steps: int, steps_per_ep
         main = optax.linear_schedule(peak, peak * config.end_factor, rest)
     else:
         main = _staircase(config, peak, steps_per_epoch)
-    if config.schedule in ("cosine", "linear"):
-        return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup]) if warmup else main
-    return lambda step: jnp.where(step < warmup, peak * step / max(warmup, 1), main(step))
+    shift = warmup if config.schedule in ("cosine", "linear") else 0
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)  # exact up to 16 million steps, and optax's schedules promote integers
+        return jnp.where(step < warmup, peak * step / max(warmup, 1), main(step - shift))
+
+    return schedule
 
 
 def _staircase(config: ConfigDict, peak: float, steps_per_epoch: int) -> Callable:

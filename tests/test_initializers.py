@@ -1,0 +1,99 @@
+"""The numbers that parameters start from: their spread, and that drawing them at once changes none."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnnfamily import models
+from cnnfamily.models import create_model, initializers
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "fan_out"),
+    [
+        ((3, 3, 64, 128), 1, 9 * 128),
+        ((3, 3, 16, 128), 4, 9 * 32),
+        ((5, 5, 1, 640), 640, 25),  # depthwise: the area alone
+        ((1, 1, 256, 64), 1, 64),
+    ],
+)
+def test_he_fan_out(shape, groups, fan_out):
+    numbers = np.asarray(initializers.he_fan_out(groups)(jax.random.key(0), shape, jnp.float32), np.float64)
+    n, std = math.prod(shape), math.sqrt(2 / fan_out)
+    assert numbers.shape == shape
+    # Of n normal numbers the mean has a deviation of std / sqrt(n), the standard deviation one of std / sqrt(2 n).
+    assert abs(numbers.mean()) < 5 * std / math.sqrt(n)
+    assert abs(numbers.std() - std) < 5 * std / math.sqrt(2 * n)
+    assert abs(numbers).max() > 3.5 * std  # not truncated
+
+
+@pytest.mark.parametrize(
+    ("init", "shape", "bound"),
+    [
+        (initializers.uniform_fan_out, (300, 25), 1 / 5),
+        (initializers.uniform_fan_in, (5, 5, 6, 40), 2.4 / 150),
+        (initializers.uniform_fan_in, (120, 84), 2.4 / 120),
+    ],
+)
+def test_uniform(init, shape, bound):
+    numbers = np.asarray(init(jax.random.key(0), shape, jnp.float32))
+    n = numbers.size
+    assert abs(numbers).max() <= bound
+    # The chance that none of n falls in the outer share q at an end is (1 - q)^n.
+    assert min(numbers.max(), -numbers.min()) > bound * (1 - 40 / n)
+    assert abs(numbers.mean()) < 5 * bound / math.sqrt(3 * n)
+
+
+def test_a_bound_for_each_column():
+    bound = np.array([0.1, 10.0])
+    numbers = initializers.symmetric_uniform(jax.random.key(0), (1000, 2), jnp.float32, bound)
+    np.testing.assert_allclose(abs(numbers).max(0), bound, rtol=0.03)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (256,), (257,), (4, 64), (3, 3, 20, 31), (1024,), (5, 5, 41)])
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_a_cut_from_a_larger_draw_is_the_draw(kind, shape):
+    key = jax.random.key(3)
+    expected = getattr(jax.random, kind)(key, shape)
+    np.testing.assert_array_equal(initializers._random(kind, key, shape, jnp.float32), expected)
+    np.testing.assert_array_equal(jax.jit(lambda key: initializers._random(kind, key, shape, jnp.float32))(key), expected)
+
+
+def test_draws_come_in_few_sizes():
+    before = initializers._draw._cache_size()
+    for size in range(1025, 4097, 256):
+        initializers._random("normal", jax.random.key(0), (size,), jnp.dtype(jnp.bfloat16))
+    assert initializers._draw._cache_size() <= before + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("lenet5", {}), ("lenet5_1998", {}), ("resnet20_cifar", {"depth": 0.34, "shortcut": "B"})]
+)
+def test_initialize_is_init(name, fields):
+    network, key = create_model(name, **fields), jax.random.key(5)
+    expected = {"batch_stats": {}, **network.init(key, jnp.zeros((1, 32, 32, network.in_channels)))}
+    found = models.initialize(network, key)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        assert isinstance(a, jax.Array)
+        assert not isinstance(a, jax.core.Tracer)
+        assert a.dtype == jnp.float32
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+def test_initialize_at_another_resolution():
+    network = create_model("resnet20_cifar", depth=0.1)
+    small, large = (models.initialize(network, jax.random.key(0), resolution=size) for size in (0, 48))
+    jax.tree.map(np.testing.assert_array_equal, small, large)
+
+
+def test_initialize_a_network_that_draws_for_itself(monkeypatch):
+    # A layer that asks linen for its parameters: they are tracers under eval_shape, and come from a compiled init instead.
+    monkeypatch.setattr(initializers.jax, "ensure_compile_time_eval", jax.named_scope("nothing").__class__ and _nothing)
+    network = create_model("lenet5", width=0.2)
+    found = models.initialize(network, jax.random.key(0))
+    assert not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(found))
+    assert found["params"]["classifier"]["kernel"].shape == (17, 10)

@@ -1,0 +1,233 @@
+"""Every network by name: what it takes, what it gives, and that all of it is used."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import cnnfamily
+from cnnfamily.errors import UsageError
+from cnnfamily.models import NETWORKS, build, create_model, initialize, list_models, model_config
+
+# Slow to trace: over 50 blocks a stage.
+NAMES = [pytest.param(name, marks=[pytest.mark.full] if "1202" in name else []) for name in NETWORKS]
+STREAMS = ("stochastic_depth", "dropout")
+
+
+# Names, configs, errors
+
+
+def test_list_models():
+    everything = list_models()
+    assert everything == sorted(NETWORKS)
+    assert list_models("resnet*_v1") == ["resnet101_v1", "resnet152_v1", "resnet50_v1"]
+    assert list_models("efficientnet_b[01]") == ["efficientnet_b0", "efficientnet_b1"]
+    assert list_models("lenet5") == ["lenet5"]
+    assert list_models("nothing*") == []
+    assert cnnfamily.list_models is list_models
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_model_config(name):
+    config = model_config(name)
+    network = build(config)
+    fields = set(network.__dataclass_fields__) - {"parent", "name", "axis_name"}
+    assert set(config) == fields | {"name"}
+    assert config.name == name
+    for field in fields:
+        assert getattr(network, field) == config[field]
+    assert create_model(name) == network
+
+
+def test_overrides():
+    network = create_model("resnet18", num_classes=7, width=2)  # an int where a float is expected is one
+    assert (network.num_classes, network.width, type(network.width)) == (7, 2.0, float)
+    config = model_config("efficientnet_b0")
+    config.stochastic_depth = 0.5
+    assert build(config).stochastic_depth == 0.5
+
+
+def test_lists_become_tuples():
+    # What a config.json gives back; a linen module must be hashable.
+    stages = [list(stage) for stage in model_config("efficientnet_b0").stages]
+    network = create_model("efficientnet_b0", stages=stages)
+    assert network == create_model("efficientnet_b0")
+    assert hash(network) == hash(create_model("efficientnet_b0"))
+    assert create_model("resnet18", stage_sizes=[1, 1]).stage_sizes == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "resnt50"}, "unknown model 'resnt50'; did you mean 'resnet50'\\? known: .*lenet5, "),
+        ({}, "unknown model ''"),
+        ({"name": "resnet50", "widht": 2.0}, "unknown field of resnet50 'widht'; did you mean 'width'\\? known: activation, "),
+        ({"name": "resnet50", "axis_name": "data"}, "unknown field of resnet50 'axis_name'"),
+        ({"name": "resnet50", "num_classes": "ten"}, "resnet50.num_classes='ten': expected int, as in 1000"),
+        ({"name": "resnet50", "num_classes": 10.0}, "resnet50.num_classes=10.0: expected int"),
+        ({"name": "resnet50", "zero_init_last": 1}, "resnet50.zero_init_last=1: expected bool, as in False"),
+        ({"name": "resnet50", "norm_group": True}, "resnet50.norm_group=True: expected int"),
+        ({"name": "resnet50", "width": "1"}, "resnet50.width='1': expected float, as in 1.0"),
+        ({"name": "resnet50", "stage_sizes": 3}, "resnet50.stage_sizes=3: expected tuple"),
+        ({"name": "resnet50", "dtype": "bfloat"}, "unknown dtype 'bfloat'; did you mean 'bfloat16'"),
+    ],
+)
+def test_build_errors(fields, message):
+    with pytest.raises(UsageError, match=message):
+        build(ConfigDict(fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("resnet18", {"shortcut": "D"}, "unknown shortcut 'D'"),
+        ("resnet18", {"stem": "cifar10"}, "unknown stem 'cifar10'; did you mean 'cifar'"),
+        ("resnet18", {"block": "bottlenek"}, "unknown block 'bottlenek'; did you mean 'bottleneck'"),
+        ("resnet18", {"stride_on": "2x2"}, "unknown stride_on '2x2'"),
+        ("resnet18", {"padding": "full"}, "unknown padding 'full'"),
+        ("resnet18", {"activation": "gelu"}, "unknown activation 'gelu'"),
+        ("efficientnet_b0", {"activation": "swish"}, "unknown activation 'swish'"),
+        ("efficientnet_b0", {"stochastic_depth_form": "examples"}, "unknown stochastic-depth form 'examples'; did you mean"),
+        ("lenet5", {"pool": "mean"}, "unknown pool 'mean'"),
+        ("lenet5_1998", {"output": "softmax"}, "unknown output 'softmax'"),
+    ],
+)
+def test_errors_when_called(name, fields, message):
+    network = create_model(name, **fields)
+    images = jnp.zeros((1, 32, 32, network.in_channels))
+    with pytest.raises(UsageError, match=message):
+        jax.eval_shape(network.init, abstract_key(), images)
+
+
+# Shapes and dtypes of all, from tracing alone
+
+
+def abstract_key():
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def traced(network, batch=2):
+    """Shapes of (logits, variables) from init, and of (logits, updates) from a training step."""
+    images = jax.ShapeDtypeStruct((batch, network.resolution, network.resolution, network.in_channels), jnp.float32)
+    rngs = dict.fromkeys(STREAMS, abstract_key())
+    evaluated = jax.eval_shape(network.init_with_output, abstract_key(), images)
+
+    def train(variables, images, rngs):
+        return network.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats", "intermediates"])
+
+    return evaluated, jax.eval_shape(train, evaluated[1], images, rngs)
+
+
+def assert_types(network):
+    (logits, variables), (train_logits, updates) = traced(network)
+    for found in (logits, train_logits):
+        assert (found.shape, found.dtype) == ((2, network.num_classes), jnp.float32)
+    assert set(variables) <= {"params", "batch_stats"}
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+    stats = variables.get("batch_stats", {})
+    assert jax.tree.structure(updates.get("batch_stats", {})) == jax.tree.structure(stats)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates.get("batch_stats", {}))} <= {np.dtype(np.float32)}
+    return updates["intermediates"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_and_dtypes(name):
+    network = create_model(name)
+    maps = assert_types(network)
+    assert maps
+    assert all(len(values) == 1 for values in maps.values())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_shapes_and_dtypes_in_bfloat16(name):
+    # One block a stage: every kind of layer of the row is there.
+    shallow = {"depth": 0.01} if "depth" in model_config(name) else {}
+    maps = assert_types(create_model(name, dtype="bfloat16", num_classes=10, **shallow))
+    assert {values[0].dtype for values in maps.values()} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("lenet5", {"pool": "average", "activation": "tanh"}),
+        ("lenet5_1998", {}),
+        ("lenet5_1998", {"output": "linear"}),
+        ("resnet20_cifar", {"depth": 0.1, "shortcut": "A_average"}),
+        ("se_resnet50", {"depth": 0.1}),
+        ("efficientnet_b0", {"depth": 0.1}),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_arithmetic_stays_in_its_dtype(x64, name, fields, dtype):
+    network = create_model(name, dtype=dtype, **fields)
+    (logits, variables), (_, updates) = traced(network)
+    wide = jnp.promote_types(jnp.float32, dtype)
+    assert {leaf.dtype for leaf in jax.tree.leaves((logits, variables))} == {wide}
+    assert {values[0].dtype for values in updates["intermediates"].values()} == {jnp.dtype(dtype)}
+
+
+# Values of one small network a family
+
+SMALL = {
+    "lenet5": ("lenet5", {}),
+    "lenet5_1998": ("lenet5_1998", {}),
+    "resnet": ("resnet20_cifar", {"depth": 0.34}),
+    "efficientnet": ("efficientnet_b0", {"width": 0.25, "depth": 0.3, "num_classes": 10}),
+}
+BATCH = 8
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def small(request):
+    """`train(images, position)`: logits and gradients of a small network in training."""
+    name, fields = SMALL[request.param]
+    network = create_model(name, **fields)
+    variables = initialize(network, jax.random.key(0), resolution=32)
+    rngs = dict.fromkeys(STREAMS, jax.random.key(1))
+
+    @jax.jit
+    def train(images, position):
+        def loss(params):
+            logits, _ = network.apply(
+                {**variables, "params": params}, images, train=True, position=position, rngs=rngs, mutable=["batch_stats"]
+            )
+            labels = jax.nn.one_hot(position % 10, 10)
+            return -(jax.nn.log_softmax(logits) * labels).sum(1).mean(), logits
+
+        return jax.grad(loss, has_aux=True)(variables["params"])[::-1]
+
+    images = np.random.default_rng(0).normal(size=(BATCH, 32, 32, network.in_channels)).astype(np.float32)
+    return request.param, train, images
+
+
+def test_every_parameter_is_used(small):
+    _, train, images = small
+    _, grads = train(images, jnp.arange(BATCH))
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert abs(grad).max() > 1e-6, jax.tree_util.keystr(path)
+
+
+def test_an_example_takes_its_random_choices_along(small):
+    name, train, images = small
+    logits, grads = train(images, jnp.arange(BATCH))
+    order = np.random.default_rng(1).permutation(BATCH)
+    permuted, same_grads = train(images[order], jnp.asarray(order))
+    np.testing.assert_allclose(permuted, logits[order], rtol=1e-3, atol=1e-4)
+    for a, b in zip(jax.tree.leaves(same_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3 * abs(b).max())
+    if name == "efficientnet":  # which has random choices
+        elsewhere, _ = train(images, jnp.arange(BATCH) + 100)
+        assert abs(elsewhere - logits).max() > 1e-2
+
+
+def test_a_position_that_is_not_given_is_the_place_in_the_batch():
+    network = create_model("resnet20_cifar", depth=0.1, stochastic_depth=0.5)
+    variables = initialize(network, jax.random.key(0))
+    images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+
+    def train(**fields):
+        rngs = {"stochastic_depth": jax.random.key(2)}
+        return network.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"], **fields)[0]
+
+    np.testing.assert_array_equal(train(), train(position=jnp.arange(4)))

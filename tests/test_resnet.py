@@ -1,0 +1,187 @@
+"""Blocks, shortcuts and strides of the residual networks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from cnnfamily.models import create_model, initialize
+from cnnfamily.models.layers import BatchNorm, Conv
+from cnnfamily.models.resnet import Shortcut
+from cnnfamily.summary import summarize
+
+
+def shapes_of(name, **fields):
+    network = create_model(name, **fields)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    return jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), images)["params"]
+
+
+# Shortcuts
+
+X = np.arange(1, 10, dtype=np.float32).reshape(1, 3, 3, 1) * np.array([1, -1], np.float32)
+CORNERS = np.array([[1, 3], [7, 9]])
+MEANS = np.array([[(1 + 2 + 4 + 5) / 4, (3 + 6) / 2], [(7 + 8) / 2, 9]])  # an odd side: a square divides by what it has
+
+
+def shortcut(kind, stride):
+    return Shortcut(kind, Conv, functools.partial(BatchNorm, False, epsilon=0.0), stride)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("A", CORNERS), ("A_average", MEANS)])
+def test_shortcut_without_parameters(kind, expected):
+    found, variables = shortcut(kind, 2).init_with_output(jax.random.key(0), X, (1, 2, 2, 5))
+    assert variables == {}
+    np.testing.assert_array_equal(found[0, ..., 0], expected)
+    np.testing.assert_array_equal(found[0, ..., 1], -expected)
+    np.testing.assert_array_equal(found[..., 2:], np.zeros((1, 2, 2, 3)))
+    widened = shortcut(kind, 1).apply({}, X, (1, 3, 3, 3))  # more channels at stride 1
+    np.testing.assert_array_equal(widened, np.concatenate([X, np.zeros((1, 3, 3, 1))], axis=3))
+
+
+@pytest.mark.parametrize("kind", ["B", "C"])
+def test_shortcut_by_projection(kind):
+    kernel = np.array([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]], np.float32)[None, None]
+    norm = {"scale": np.array([1.0, 1.0, 10.0], np.float32), "bias": np.array([0.5, 0.0, 0.0], np.float32)}
+    stats = {"norm": {"mean": np.zeros(3, np.float32), "var": np.ones(3, np.float32)}}
+    variables = {"params": {"conv": {"kernel": kernel}, "norm": norm}, "batch_stats": stats}
+    found = shortcut(kind, 2).apply(variables, X, (1, 2, 2, 3))[0]
+    np.testing.assert_allclose(found, np.stack([CORNERS + 0.5, -3 * CORNERS, 20 * CORNERS], axis=2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["A", "A_average", "B"])
+def test_where_the_shape_stays_the_input_is_the_shortcut(kind):
+    found, variables = shortcut(kind, 1).init_with_output(jax.random.key(0), X, X.shape)
+    assert found is X
+    assert variables == {}
+
+
+def projections(name, **fields):
+    return {path[0] for path in flatten_dict(shapes_of(name, **fields)) if path[1] == "shortcut"}
+
+
+def test_where_projections_stand():
+    first = {f"stage{i}_block1" for i in (2, 3, 4)}
+    every = {f"stage{i}_block{j}" for i in (1, 2, 3, 4) for j in (1, 2)}
+    assert projections("resnet18") == first
+    assert projections("resnet18", shortcut="C") == every
+    for kind in ("A", "A_average", "none"):
+        assert projections("resnet18", shortcut=kind) == set()
+    # A bottleneck widens to 256 in its first stage too, at stride 1.
+    assert projections("resnet50") == first | {"stage1_block1"}
+    assert projections("resnet20_cifar", shortcut="B") == {"stage2_block1", "stage3_block1"}
+    assert projections("resnet20_cifar") == projections("plain18") == set()
+    params = shapes_of("resnet50")["stage1_block1"]["shortcut"]
+    assert params["conv"]["kernel"].shape == (1, 1, 64, 256)
+    assert set(params["norm"]) == {"scale", "bias"}
+
+
+def test_the_plain_network_adds_nothing():
+    # With the last scale at 0 a residual block hands its input on, a plain one nothing at all.
+    images = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
+    for name, alive in (("plain20_cifar", False), ("resnet20_cifar", True)):
+        network = create_model(name, depth=0.1, zero_init_last=True)
+        _, updates = network.apply(initialize(network, jax.random.key(0)), images, mutable=["intermediates"])
+        assert bool((updates["intermediates"]["stage3"][0] != 0).any()) is alive
+
+
+# Shapes
+
+
+def outputs(name, pixels=None):
+    return {layer.name: layer.output for layer in summarize(name, resolution=pixels).layers}
+
+
+def test_stages_of_resnet50():
+    # He et al. 2015, Table 1.
+    found = outputs("resnet50")
+    assert found["stem"] == (112, 112, 64)
+    for i, (side, inner, blocks) in enumerate([(56, 64, 3), (28, 128, 4), (14, 256, 6), (7, 512, 3)], start=1):
+        assert found[f"stage{i}_block{blocks}/conv2"] == (side, side, inner)
+        assert found[f"stage{i}_block{blocks}/conv3"] == (side, side, 4 * inner)
+        assert f"stage{i}_block{blocks + 1}/conv1" not in found
+    assert found["classifier"] == (1000,)
+
+
+@pytest.mark.parametrize(("name", "side"), [("resnet50", 56), ("resnet50_v1", 28)])
+def test_which_convolution_strides(name, side):
+    found = outputs(name)
+    assert found["stage2_block1/conv1"] == (side, side, 128)
+    assert found["stage2_block1/conv2"] == (28, 28, 128)
+    assert found["stage1_block1/conv1"] == (56, 56, 64)  # the pool has halved before
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "widened"),
+    [
+        ("resnext50_32x4d", (3, 3, 4, 128), 256),  # arXiv 1611.05431, Table 1
+        ("resnext101_64x4d", (3, 3, 4, 256), 256),
+        ("wide_resnet50_2", (3, 3, 128, 128), 256),
+    ],
+)
+def test_groups_and_width(name, kernel, widened):
+    block = shapes_of(name, depth=0.1)["stage1_block1"]
+    assert block["conv2"]["kernel"].shape == kernel
+    assert block["conv3"]["kernel"].shape == (1, 1, kernel[3], widened)
+
+
+def test_se_squeezes_the_blocks_output():
+    for name, channels in (("se_resnet18", 64), ("se_resnet50", 256)):
+        se = shapes_of(name, depth=0.1)["stage1_block1"]["se"]
+        assert se["reduce"]["kernel"].shape == (1, 1, channels, channels // 16)
+        assert se["expand"]["kernel"].shape == (1, 1, channels // 16, channels)
+
+
+@pytest.mark.parametrize("layers", [20, 32, 44, 56, 110])
+def test_cifar_depth_is_6n_plus_2(layers):
+    found = outputs(f"resnet{layers}_cifar")
+    weighted = [name for name in found if "conv" in name or name in ("stem", "classifier")]
+    assert len(weighted) == layers
+    n = (layers - 2) // 6
+    for i, (side, filters) in enumerate([(32, 16), (16, 32), (8, 64)], start=1):
+        assert {found[f"stage{i}_block{j}/conv2"] for j in range(1, n + 1)} == {(side, side, filters)}
+    assert found["stem"] == (32, 32, 16)
+
+
+# Values
+
+
+def test_zero_init_last_makes_each_block_the_identity():
+    network = create_model("resnet20_cifar", depth=0.34, zero_init_last=True)
+    variables = initialize(network, jax.random.key(0))
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    # Two blocks a stage: within a stage the identity, between stages the shortcut A. The stem's output is not below 0.
+    _, updates = network.apply(variables, images, mutable=["intermediates"])
+    maps = {name: np.asarray(values[0]) for name, values in updates["intermediates"].items()}
+    assert maps["stage1"].min() >= 0
+    assert maps["stage1"].max() > 0
+    for here, there in (("stage1", "stage2"), ("stage2", "stage3")):
+        expected = maps[here][:, ::2, ::2]
+        np.testing.assert_array_equal(maps[there], np.concatenate([expected, np.zeros_like(expected)], axis=3))
+
+
+@pytest.mark.parametrize("form", ["example", "none"])
+def test_stochastic_depth_skips_branches(form):
+    # A rate so near to 1 that the last block's branch is dropped for every example: its parameters get no gradient.
+    network = create_model("resnet20_cifar", depth=0.1, stochastic_depth=0.999999, stochastic_depth_form=form)
+    variables = initialize(network, jax.random.key(0))
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+
+    def total(params):
+        rngs = {"stochastic_depth": jax.random.key(0)}
+        variables_now = {**variables, "params": params}
+        return jnp.tanh(network.apply(variables_now, images, train=True, rngs=rngs, mutable=["batch_stats"])[0]).sum()
+
+    grads = jax.grad(total)(variables["params"])
+    assert bool((grads["stage3_block1"]["conv2"]["kernel"] == 0).all()) is (form == "example")
+    assert (grads["stem"]["kernel"] != 0).any()  # through the shortcuts
+
+
+def test_padding_same_and_symmetric_differ_only_in_where_they_look():
+    shapes = [shapes_of("resnet18", padding=padding) for padding in ("same", "symmetric")]
+    assert shapes[0] == shapes[1]
+    found = [summarize(create_model("resnet18", padding=padding)) for padding in ("same", "symmetric")]
+    assert found[0].layers == found[1].layers

@@ -1,0 +1,305 @@
+"""The training loop: it learns, it continues, and every fault of the user's is one line with the right exit status."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from cnnfamily import checkpoint, config as configs, errors, evaluate, runlog, train
+
+LENET = "configs/lenet5_digits.py"
+SHORT = {"total_epochs": 4.0, "evaluate.every_epochs": 1.0, "log.every_steps": 10, "optim.warmup_epochs": 0.5}
+
+
+def short_config(**overrides):
+    return configs.load_config(LENET, SHORT | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def lines_without_timing(workdir):
+    return [{key: value for key, value in row.items() if key != "timing"} for row in runlog.read_metrics(workdir)]
+
+
+def final_state(workdir):
+    _, state, _ = evaluate.load_state(workdir, which="newest")
+    return jax.device_get(state)
+
+
+def assert_equal_states(one, two):
+    paths = jax.tree_util.tree_leaves_with_path(one)
+    for (path, a), b in zip(paths, jax.tree.leaves(two), strict=True):
+        assert np.array_equal(a, b), jax.tree_util.keystr(path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of LeNet-5 with averaged weights, which tests read and do not change."""
+    workdir = tmp_path_factory.mktemp("runs") / "lenet5"
+    result = train.run_training(short_config(ema__decay=0.95), workdir, quiet=True)
+    return workdir, result
+
+
+def test_learns_and_writes_the_run_directory(finished):
+    workdir, result = finished
+    assert result.metrics["test_top1"] > 0.85
+    assert result.metrics["test_examples"] == result.metrics["ema_test_examples"] == 360
+    assert {path.name for path in workdir.iterdir()} >= {"config.json", "manifest.json", "metrics.jsonl", "checkpoints", "curves.png"}
+    assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    rows = runlog.read_metrics(workdir)
+    assert all({"step", "epoch"} <= row.keys() for row in rows)
+    training = [row for row in rows if "train_loss" in row]
+    assert [row["step"] for row in training] == [10, 20, 22, 30, 40, 44, 50, 60, 66, 70, 80, 88]
+    assert training[0].keys() == {"step", "epoch", "train_loss", "train_top1", "grad_norm", "learning_rate", "timing"}
+    tested = [row for row in rows if "test_loss" in row]
+    assert [row["step"] for row in tested] == [22, 44, 66, 88]
+    names = {f"{prefix}test_{name}" for prefix in ("", "ema_") for name in ("loss", "top1", "top5", "ece", "examples")}
+    assert tested[0].keys() == {"step", "epoch"} | names
+    assert configs.from_json((workdir / "config.json").read_text()) == short_config(ema__decay=0.95)
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    assert manifest["batch_size"] == {"global": 64, "device": 16}
+    assert manifest["data"]["train_examples"] == 1437
+
+
+def test_keeps_the_newest_and_the_best(finished):
+    workdir, result = finished
+    tested = [row for row in runlog.read_metrics(workdir) if "test_loss" in row]
+    best = max(tested, key=lambda row: (row["ema_test_top1"], row["step"]))["step"]
+    with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+        assert (checkpoints.newest, checkpoints.best) == (88, best)
+    assert checkpoint.newest_step(workdir / "checkpoints") == result.step == 88
+
+
+def test_evaluation_gives_the_last_figure_again(finished, capsys):
+    workdir, result = finished
+    evaluate.main([f"--workdir={workdir}"])
+    assert json.loads(capsys.readouterr().out) == {"step": 88, **result.metrics}
+
+
+def test_load_run_gives_the_averaged_network(finished):
+    workdir, result = finished
+    network, variables, config = evaluate.load_run(workdir)
+    from cnnfamily.data import augment, feed
+
+    data = feed.load_data(config)
+    images = augment.normalize(data.test.images, data.mean, data.std)
+    hits = np.argmax(network.apply(variables, images), axis=1) == data.test.labels
+    assert hits.mean() == pytest.approx(result.metrics["ema_test_top1"])
+
+
+def test_a_finished_run_says_so(finished, capsys):
+    workdir, result = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    again = train.run_training(short_config(ema__decay=0.95), workdir)
+    assert again.metrics == result.metrics
+    assert "this run is finished: 88 steps" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_interrupted_run_ends_as_the_one_that_was_not(finished, tmp_path, monkeypatch):
+    """SIGTERM in the middle of a log interval, then the same call again: every bit and every line is that of the other run."""
+    workdir, seen = tmp_path / "run", []
+
+    def stop_at_37(self, step, *figures):
+        seen.append(step)
+        if step == 37:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Report, "update", stop_at_37)
+    with pytest.raises(errors.Stopped) as stopped:
+        train.run_training(short_config(ema__decay=0.95), workdir, quiet=True)
+    assert stopped.value.status == 143
+    assert seen[-1] == checkpoint.newest_step(workdir / "checkpoints") == 37
+    train.run_training(short_config(ema__decay=0.95), workdir, quiet=True)
+    assert seen[37:] == list(range(38, 89))
+    assert_equal_states(final_state(workdir), final_state(finished[0]))
+    assert lines_without_timing(workdir) == lines_without_timing(finished[0])
+
+
+def test_killed_run_ends_as_the_one_that_was_not(finished, tmp_path, monkeypatch):
+    """An end without a save: the log holds lines after the last checkpoint, which come again once."""
+    workdir = tmp_path / "run"
+
+    def die_at_63(self, step, *figures):
+        if step == 63:
+            raise ZeroDivisionError
+
+    with monkeypatch.context() as context, pytest.raises(ZeroDivisionError):
+        context.setattr(train.Report, "update", die_at_63)
+        train.run_training(short_config(ema__decay=0.95), workdir, quiet=True)
+    assert checkpoint.newest_step(workdir / "checkpoints") == 44
+    assert runlog.read_metrics(workdir)[-1]["step"] == 60
+    train.run_training(short_config(ema__decay=0.95), workdir, quiet=True)
+    assert_equal_states(final_state(workdir), final_state(finished[0]))
+    assert lines_without_timing(workdir) == lines_without_timing(finished[0])
+
+
+def test_a_split_too_large_for_the_device_gives_the_same_run(finished, tmp_path):
+    train.run_training(short_config(ema__decay=0.95, data__device_megabytes=0), tmp_path / "run", quiet=True)
+    assert_equal_states(final_state(tmp_path / "run"), final_state(finished[0]))
+
+
+def test_efficientnet_trains_evaluates_and_continues(tmp_path, monkeypatch):
+    """The `:smoke` form of B0 with everything on: averages, accumulation, groups, stochastic depth, dropout, bfloat16."""
+    overrides = {
+        "ema.decay": 0.99,
+        "accumulate_steps": 2,
+        "model.norm_group": 4,
+        "model.dtype": "bfloat16",
+        "augment.flip": True,
+    }
+    config = configs.load_config("configs/efficientnet_b0.py:smoke", overrides)
+
+    def die_at_3(self, step, *figures):
+        if step == 3:
+            raise ZeroDivisionError
+
+    with monkeypatch.context() as context, pytest.raises(ZeroDivisionError):
+        context.setattr(train.Report, "update", die_at_3)
+        train.run_training(config, tmp_path / "run", quiet=True)
+    result = train.run_training(config, tmp_path / "run", quiet=True)
+    assert result.step == 4
+    assert result.metrics["test_examples"] == 16
+    rows = runlog.read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if "test_loss" in row] == [2, 4]
+    assert all(np.isfinite(row["train_loss"]) for row in rows if "train_loss" in row)
+
+
+# Faults of the user's. Each is one line and the exit status that the design fixes.
+
+
+def run_command(monkeypatch, capsys, *arguments):
+    """Exit status and standard error of `python -m cnnfamily.train`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    with pytest.raises(SystemExit) as end:
+        errors.run_command(train.main)
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config.optim.learning_rat=0.1"], "did you mean 'optim.learning_rate'?"),
+        (["--config.modle.width=2"], "did you mean 'model'?"),
+        (["--config.model.widht=2"], "unknown field of lenet5 'widht'; did you mean 'width'?"),
+        (["--config.model.name=lenet"], "unknown model 'lenet'; did you mean 'lenet5'?"),
+        (["--config.optim.learning_rate=fast"], "config.optim.learning_rate='fast': expected float"),
+        (["--config.batch_size=1.5"], "config.batch_size='1.5': expected int"),
+        (["--config.seed=-1"], "config.seed=-1: expected 0 or more"),
+        (["--config.optim.schedule=cosin"], "unknown schedule 'cosin'; did you mean 'cosine'?"),
+        (["--config.data.source=npz:nothing.npz"], "nothing.npz"),
+        (["--config.data.source=idx:nothing"], "nothing"),
+        (["--config.data.source=tfds:mnist"], "digits, npz:PATH, idx:DIR, fake"),
+        (["--config.batch_size=66"], "batch_size=66: expected a multiple of 4"),
+        (["--config.batch_size=4000"], "batch_size=4000; expected 1 to 1437"),
+        (["--config.data.resolution=20"], "images of 20 x 20 pixels are smaller than this network can take"),
+        (["--config.model.num_classes=3"], "digits has 10 classes, more than model.num_classes=3"),
+        (["--config.model.name=resnet20_cifar", "--config.model.norm_group=48"], "norm_group"),
+        (["--config.total_epochs=0"], "expected 1 step or more"),
+        (["--config.total_steps=3"], "are both set"),
+        (["--batch_size=3"], "argument '--batch_size=3': expected --config=, --workdir= or --config.KEY=VALUE"),
+        (["--workdir"], "expected one argument"),
+    ],
+)  # fmt: skip
+def test_faults_are_one_line_and_status_2(arguments, expected, tmp_path, monkeypatch, capsys):
+    workdir = [] if "--workdir" in arguments else [f"--workdir={tmp_path / 'run'}"]
+    status, line = run_command(monkeypatch, capsys, f"--config={LENET}", *arguments, *workdir)
+    assert status == 2
+    assert expected in line
+    assert line.count("\n") == 1
+    assert not (tmp_path / "run").exists(), "a refused run must leave nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("configs/lenet5_digit.py", "did you mean 'configs/lenet5_digits.py'?"),
+        ("configs/lenet5_digits.py:digit", "unknown config argument 'digit'; did you mean 'digits'?"),
+        ("README.md", "expected a Python file"),
+        ("cnnfamily/rng.py", "expected a function get_config"),
+    ],
+)
+def test_wrong_config_files_are_one_line_and_status_2(config, expected, monkeypatch, capsys):
+    status, line = run_command(monkeypatch, capsys, f"--config={config}")
+    assert (status, line.count("\n")) == (2, 1)
+    assert expected in line
+
+
+def test_labels_out_of_range_are_status_2(tmp_path, monkeypatch, capsys):
+    images, labels = np.zeros((8, 32, 32), np.uint8), np.arange(8) % 3
+    np.savez(
+        tmp_path / "bad.npz",
+        train_images=images,
+        train_labels=labels - 1,
+        test_images=images,
+        test_labels=labels,
+    )
+    status, line = run_command(
+        monkeypatch, capsys, f"--config={LENET}", f"--config.data.source=npz:{tmp_path / 'bad.npz'}", f"--workdir={tmp_path / 'r'}"
+    )
+    assert (status, line.count("\n")) == (2, 1)
+    assert "train_labels" in line
+    assert "-1" in line
+
+
+def test_another_config_in_the_directory_is_refused_and_nothing_is_lost(finished, monkeypatch, capsys):
+    workdir, _ = finished
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    overrides = [f"--config.{key}={value}" for key, value in (SHORT | {"ema.decay": 0.9}).items()]
+    status, line = run_command(monkeypatch, capsys, f"--config={LENET}", *overrides, f"--workdir={workdir}")
+    assert (status, line.count("\n")) == (2, 1)
+    assert "ema.decay (0.95 there, 0.9 here)" in line
+    assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path):
+    def save(shift):
+        images = np.random.default_rng(shift).integers(0, 255, (64, 32, 32), np.uint8)
+        labels = np.arange(64) % 10
+        arrays = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+        np.savez(tmp_path / "data.npz", **arrays)
+        return short_config(data__source=f"npz:{tmp_path / 'data.npz'}", checkpoint__every_steps=1)
+
+    runlog.claim(tmp_path / "run", save(0))
+    runlog.write_manifest(tmp_path / "run", config=save(0), data=train.feed.load_data(save(0)))
+    with pytest.raises(errors.UsageError, match="has changed since this run began"):
+        train.run_training(save(1), tmp_path / "run", quiet=True)
+
+
+def test_a_loss_that_is_not_finite_is_status_3_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    """The learning rate jumps at step 30, after the checkpoint of step 22."""
+    overrides = SHORT | {
+        "optim.name": "sgd", "optim.learning_rate": 0.01, "optim.clip_norm": 0.0, "optim.schedule": "steps",
+        "optim.boundaries_steps": (30,), "optim.decay_factor": 1e30, "optim.warmup_epochs": 0.0, "optim.weight_decay": 0.0,
+    }  # fmt: skip
+    arguments = [f"--config.{key}={value}" for key, value in overrides.items()]
+    status, line = run_command(monkeypatch, capsys, f"--config={LENET}", *arguments, f"--workdir={tmp_path / 'run'}")
+    assert (status, line.count("\n")) == (3, 1)
+    assert "at step 3" in line
+    assert "the last checkpoint is from step 22" in line
+    state = final_state(tmp_path / "run")
+    assert state.step == 22
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_signals_end_the_real_command_with_their_status(tmp_path):
+    """SIGINT to a process of its own: it saves, says how to go on, and ends with 130; the curve is there."""
+    command = [sys.executable, "-m", "cnnfamily.train", f"--config={LENET}", f"--workdir={tmp_path / 'run'}"]
+    process = subprocess.Popen(
+        [*command, "--config.total_epochs=100000", "--config.log.every_steps=5"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").stat().st_size:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no first line within two minutes"
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert b"the same command goes on from there" in err
+    assert err.count(b"\n") == 1
+    assert checkpoint.newest_step(tmp_path / "run/checkpoints") >= 5
