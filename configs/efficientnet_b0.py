@@ -14,7 +14,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return make("efficientnet_b0", arg)
 
 
-def make(name: str, arg: str, *, digits_epochs: float = 30.0) -> ConfigDict:
+def make(name: str, arg: str, *, digits_epochs: float = 24.0) -> ConfigDict:
     """The authors' recipe for one of B0 to B7, which differ in the fields of the model alone."""
     config = default.get_config(name)
     config.update(

@@ -96,14 +96,14 @@ def test_every_block_counts_for_stochastic_depth(monkeypatch):
 
 
 def test_shortcuts_only_at_stride_1_and_equal_filters():
-    # With the last scale at 0 a block is its shortcut, or nothing. At 32 pixels the last maps are 1x1, which stride 2 leaves 1x1.
-    stages = ((1, 32, 2, 1, 3), (2, 32, 2, 2, 3), (2, 40, 1, 1, 3))
+    # With the last scale at 0 a block is its shortcut, or nothing. Stride 2 leaves the shape where the map is 1x1 already.
+    stages = ((1, 32, 1, 1, 3), (1, 32, 1, 16, 3), (1, 32, 1, 2, 3), (1, 40, 1, 1, 3))
     network = create_model("efficientnet_b0", stages=stages, zero_init_last=True, num_classes=3)
     images = np.random.default_rng(0).normal(size=(1, 32, 32, 3)).astype(np.float32)
     variables = network.init(jax.random.key(0), images)
     _, updates = network.apply(variables, images, mutable=["intermediates"])
     maps = {name: bool((values[0] != 0).any()) for name, values in updates["intermediates"].items()}
-    assert maps == {"stage1": True, "stage2": False, "stage3": False, "head": False}
+    assert maps == {"stage1": True, "stage2": False, "stage3": False, "stage4": False, "head_output": False}
 
 
 def test_dropout_only_in_training_and_by_its_rate():

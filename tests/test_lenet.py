@@ -27,10 +27,11 @@ def test_the_network_of_1998():
     }
     assert found.params == 60_000
     assert [layer.output for layer in found.layers] == [(28, 28, 6), (14, 14, 6), (10, 10, 16), (5, 5, 16), (1, 1, 120), (84,)]
-    # The paper's 340,908 connections are these, with a bias for each output, and 4 inputs and a bias in each sub-sampling unit.
+    # The paper's 340,908 connections are these, a bias for each output, 4 inputs and a bias in each sub-sampling unit, and the
+    # fixed ones of the 10 codes.
     biases = 28 * 28 * 6 + 10 * 10 * 16 + 120 + 84
     assert found.macs == 28 * 28 * 150 + 10 * 10 * 1500 + 48_000 + 10_080
-    assert found.macs + biases + 5 * (14 * 14 * 6 + 5 * 5 * 16) == 340_908
+    assert found.macs + biases + 5 * (14 * 14 * 6 + 5 * 5 * 16) + 10 * 84 == 340_908
     assert summarize(create_model("lenet5_1998", output="linear")).params == 60_850
 
 
@@ -110,7 +111,7 @@ def test_pools_of_the_dense_network(pool, expected):
     image = np.zeros((1, 32, 32, 1), np.float32)
     image[0, 2:4, 2:4, 0] = [[0, 1], [4, 5]]
     _, updates = network.apply(variables, image, mutable=["intermediates"])
-    assert updates["intermediates"]["s2"][0][0, 1, 1, 0] == expected
+    assert updates["intermediates"]["s2_output"][0][0, 1, 1, 0] == expected
 
 
 def test_scaled_tanh():
@@ -134,7 +135,7 @@ def test_rbf_output_is_the_distance_from_the_codes():
     variables = network.init(jax.random.key(0), image)
     assert "classifier" not in variables["params"]
     logits, updates = network.apply(variables, image, mutable=["intermediates"])
-    f6 = updates["intermediates"]["f6"][0]
+    f6 = updates["intermediates"]["f6_output"][0]
     expected = [[-sum((a - b) ** 2 for a, b in zip(x, code, strict=True)) for code in rbf_codes()] for x in np.asarray(f6)]
     np.testing.assert_allclose(logits, expected, rtol=1e-5)
 

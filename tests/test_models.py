@@ -173,7 +173,7 @@ SMALL = {
     "lenet5": ("lenet5", {}),
     "lenet5_1998": ("lenet5_1998", {}),
     "resnet": ("resnet20_cifar", {"depth": 0.34}),
-    "efficientnet": ("efficientnet_b0", {"width": 0.25, "depth": 0.3, "num_classes": 10}),
+    "efficientnet": ("efficientnet_b0", {"stages": ((1, 8, 1, 1, 3), (6, 8, 2, 2, 5)), "width": 0.5, "num_classes": 10}),
 }
 BATCH = 8
 
@@ -205,7 +205,9 @@ def test_every_parameter_is_used(small):
     _, train, images = small
     _, grads = train(images, jnp.arange(BATCH))
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        assert abs(grad).max() > 1e-6, jax.tree_util.keystr(path)
+        # A linear bottleneck's last bias reaches only sums and 1x1 convolutions before the next batch norm, which removes it.
+        removed = path[-2].key == "project_norm" and path[-1].key == "bias"
+        assert bool(abs(grad).max() > 1e-5) is not removed, jax.tree_util.keystr(path)
 
 
 def test_an_example_takes_its_random_choices_along(small):
@@ -215,14 +217,14 @@ def test_an_example_takes_its_random_choices_along(small):
     permuted, same_grads = train(images[order], jnp.asarray(order))
     np.testing.assert_allclose(permuted, logits[order], rtol=1e-3, atol=1e-4)
     for a, b in zip(jax.tree.leaves(same_grads), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3 * abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4)
     if name == "efficientnet":  # which has random choices
         elsewhere, _ = train(images, jnp.arange(BATCH) + 100)
         assert abs(elsewhere - logits).max() > 1e-2
 
 
 def test_a_position_that_is_not_given_is_the_place_in_the_batch():
-    network = create_model("resnet20_cifar", depth=0.1, stochastic_depth=0.5)
+    network = create_model("resnet20_cifar", stage_sizes=(1,), stochastic_depth=0.5)
     variables = initialize(network, jax.random.key(0))
     images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
 

@@ -151,6 +151,7 @@ def test_efficientnet_trains_evaluates_and_continues(tmp_path, monkeypatch):
         "model.norm_group": 4,
         "model.dtype": "bfloat16",
         "augment.flip": True,
+        "model.stages": ((1, 16, 1, 1, 3), (6, 24, 2, 2, 5)),
     }
     config = configs.load_config("configs/efficientnet_b0.py:smoke", overrides)
 

@@ -130,7 +130,7 @@ class EfficientNet(nn.Module):
                 )(x, next(keep))
             self.sow("intermediates", f"stage{i + 1}", x)
         x = activation(norm(name="head_norm")(conv(round_filters(self.head_filters, self.width), 1, name="head")(x)))
-        self.sow("intermediates", "head", x)
+        self.sow("intermediates", "head_output", x)
         x = x.mean(axis=(1, 2))
         if train and self.dropout:
             x = dropout(x, self.dropout, self.make_rng("dropout"), position)

@@ -83,12 +83,12 @@ class LeNet5(nn.Module):
             return Conv(filters, 5, padding="valid", bias=True, dtype=self.dtype, name=name)
 
         x = pool(activation(conv(6, "c1")(images)), (2, 2), (2, 2))
-        self.sow("intermediates", "s2", x)
+        self.sow("intermediates", "s2_output", x)
         x = pool(activation(conv(16, "c3")(x)), (2, 2), (2, 2))
-        self.sow("intermediates", "s4", x)
+        self.sow("intermediates", "s4_output", x)
         x = activation(conv(120, "c5")(x)).reshape(x.shape[0], -1)
         x = activation(Linear(round_filters(84, self.width, divisor=1), dtype=self.dtype, name="f6")(x))
-        self.sow("intermediates", "f6", x)
+        self.sow("intermediates", "f6_output", x)
         return logits(Linear(self.num_classes, dtype=self.dtype, name="classifier")(x))
 
 
@@ -154,13 +154,13 @@ class LeNet5Original(nn.Module):
         conv = {"padding": "valid", "bias": True, "kernel_init": uniform_fan_in, "dtype": self.dtype}
         x = scaled_tanh(Conv(6, 5, name="c1", **conv)(images))
         x = scaled_tanh(Subsample(self.dtype, name="s2")(x))
-        self.sow("intermediates", "s2", x)
+        self.sow("intermediates", "s2_output", x)
         x = scaled_tanh(SparseConv(C3_TABLE, self.dtype, name="c3")(x))
         x = scaled_tanh(Subsample(self.dtype, name="s4")(x))
-        self.sow("intermediates", "s4", x)
+        self.sow("intermediates", "s4_output", x)
         x = scaled_tanh(Conv(120, 5, name="c5", **conv)(x)).reshape(x.shape[0], -1)
         x = scaled_tanh(Linear(84, uniform_fan_in, dtype=self.dtype, name="f6")(x))
-        self.sow("intermediates", "f6", x)
+        self.sow("intermediates", "f6_output", x)
         if rbf:
             return -jnp.square(logits(x)[:, None] - rbf_codes().astype(parameter_dtype_of(self.dtype))).sum(axis=-1)
         return logits(Linear(self.num_classes, uniform_fan_in, dtype=self.dtype, name="classifier")(x))

@@ -1,0 +1,81 @@
+"""Every config file: it loads in each form, says how it is run, and its numbers are the papers'."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from cnnfamily import config as configs, models, optim
+
+FILES = sorted(path for path in (configs.REPOSITORY / "configs").glob("*.py") if path.stem != "default")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("argument", ["", "digits", "smoke"])
+def test_every_form_loads_and_builds(file, argument):
+    config = configs.load_config(f"{file}:{argument}")
+    configs.check(config)
+    models.build(config.model)
+    optim.learning_rate_schedule(config.optim, total_steps=10_000, steps_per_epoch=20, batch_size=config.batch_size)
+    if argument == "digits":
+        assert (config.data.source, config.model.num_classes) == ("digits", 10)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_docstrings_have_a_source_and_commands(file):
+    text = ast.get_docstring(ast.parse(file.read_text()))
+    assert f"python -m cnnfamily.train --config=configs/{file.name}" in text
+
+
+def test_every_default_key_has_a_reason():
+    source = (configs.REPOSITORY / "configs/default.py").read_text().split("def choose")[0].split("\"\"\"", 2)[2]
+    for line in source.splitlines():
+        name, equals, _ = line.strip().partition(" = ")
+        group = line.endswith("ConfigDict()") or name.endswith(("_epochs", "_steps", "data.std"))
+        if name.startswith("config.") and equals and not group:
+            assert "  # " in line, f"no reason: {line}"
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "depth", "resolution", "dropout"),
+    [  # efficientnet_builder.py of the authors' code
+        ("b0", 1.0, 1.0, 224, 0.2), ("b1", 1.0, 1.1, 240, 0.2), ("b2", 1.1, 1.2, 260, 0.3), ("b3", 1.2, 1.4, 300, 0.3),
+        ("b4", 1.4, 1.8, 380, 0.4), ("b5", 1.6, 2.2, 456, 0.4), ("b6", 1.8, 2.6, 528, 0.5), ("b7", 2.0, 3.1, 600, 0.5),
+    ],
+)  # fmt: skip
+def test_efficientnet_has_the_settings_of_its_paper(name, width, depth, resolution, dropout):
+    """Section 5.2: RMSProp 0.9, 0.9; 0.256 at 4096 falling by 0.97 every 2.4 epochs; decay 1e-5; batch norm 0.99."""
+    config = configs.load_config(f"configs/efficientnet_{name}.py")
+    model = config.model
+    assert (model.width, model.depth, model.resolution, model.dropout) == (width, depth, resolution, dropout)
+    assert (model.stochastic_depth, model.stochastic_depth_schedule, model.norm_momentum) == (0.2, "i/N", 0.99)
+    assert (config.optim.name, config.optim.momentum, config.optim.beta2, config.optim.epsilon) == ("rmsprop", 0.9, 0.9, 1e-3)
+    assert (config.optim.weight_decay, config.label_smoothing, config.ema.decay) == (1e-5, 0.1, 0.9999)
+    steps = 1_281_167 // 4096
+    rate = optim.learning_rate_schedule(config.optim, total_steps=350 * steps, steps_per_epoch=steps, batch_size=4096)
+    assert float(rate(5 * steps)) == pytest.approx(0.256 * 0.97**2, rel=1e-5)
+    assert float(rate(round(2.4 * steps * 10) + 1)) == pytest.approx(0.256 * 0.97**10, rel=1e-5)
+
+
+@pytest.mark.parametrize("layers", [20, 32, 44, 56, 110])
+def test_cifar_resnets_have_the_settings_of_their_paper(layers):
+    """Section 4.2: batch 128, 64,000 steps, 0.1 divided by 10 at 32,000 and 48,000, decay 1e-4, pad 4, flip."""
+    config = configs.load_config(f"configs/resnet{layers}_cifar10.py")
+    assert (config.model.stage_sizes, config.model.shortcut) == (((layers - 2) // 6,) * 3, "A")
+    assert (config.batch_size, config.total_steps, config.optim.weight_decay) == (128, 64_000, 1e-4)
+    assert (config.augment.crop_padding, config.augment.flip, config.optim.nesterov) == (4, True, False)
+    rate = optim.learning_rate_schedule(config.optim, total_steps=64_000, steps_per_epoch=390, batch_size=128)
+    assert [float(rate(step)) for step in (31_999, 32_001, 48_001)] == pytest.approx([0.1, 0.01, 0.001])
+    assert float(rate(200)) == pytest.approx(0.05 if layers == 110 else 0.1)
+
+
+def test_stochastic_depth_has_the_settings_of_its_code():
+    config = configs.load_config("configs/resnet110_stochastic_depth.py")
+    assert (config.model.stochastic_depth, config.model.stochastic_depth_schedule) == (0.5, "l/L")
+    assert (config.total_epochs, config.optim.boundaries_epochs, config.optim.nesterov) == (500.0, (250.0, 375.0), True)
+
+
+def test_a_config_holds_only_what_differs():
+    """A file that copied the defaults would not follow them."""
+    for file in FILES:
+        assert len(Path(file).read_text().splitlines()) < 70, file

@@ -1,0 +1,45 @@
+"""How a command ends."""
+
+import sys
+
+import pytest
+
+from cnnfamily import errors
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (errors.UsageError("found a,\n  expected b"), 2),
+        (errors.NonFiniteLoss("nan"), 3),
+        (errors.Stopped("stopped", 15), 143),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_status_and_one_line(error, status, monkeypatch, capsys):
+    def main(argv):
+        assert argv == ["--a"]
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["x", "--a", "--debug"] if status == 2 else ["x", "--a"])
+    with pytest.raises(SystemExit) as end:
+        errors.run_command(main)
+    assert end.value.code == status
+    lines = capsys.readouterr().err.splitlines()
+    if status == 2:
+        assert lines[0].startswith("Traceback")
+        assert lines[-1] == "UsageError: found a, expected b"
+    else:
+        assert len(lines) == 1
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(ZeroDivisionError):
+        errors.run_command(lambda argv: 1 / 0)
+
+
+def test_unknown_names_the_nearest_and_all():
+    error = errors.unknown("model", "resnt50", ["lenet5", "resnet50"])
+    assert str(error) == "unknown model 'resnt50'; did you mean 'resnet50'? known: lenet5, resnet50"
+    assert "did you mean" not in str(errors.unknown("model", "zzz", ["lenet5"]))

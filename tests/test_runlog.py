@@ -1,0 +1,60 @@
+"""The run directory after crashes and under other hands."""
+
+import json
+
+import pytest
+
+from cnnfamily import config as configs, runlog
+from cnnfamily.errors import UsageError
+
+LENET = "configs/lenet5_digits.py"
+
+
+def test_going_on_drops_what_comes_again(tmp_path):
+    """Lines after the checkpoint, and a last line that a crash cut in half."""
+    lines = [json.dumps({"step": step, "epoch": step / 10, "train_loss": 1.0}) for step in (10, 20, 30)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 35, "epo')
+    with runlog.RunLog(tmp_path, from_step=20, tensorboard=False) as log:
+        log.write(25, 2.5, {"train_loss": 0.5}, {"seconds": 1.0})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in text.splitlines()] == [10, 20, 25]
+    assert json.loads(text.splitlines()[-1])["timing"] == {"seconds": 1.0}
+
+
+def test_a_config_of_another_run_is_named_key_by_key(tmp_path):
+    runlog.claim(tmp_path, configs.load_config(LENET))
+    runlog.check(tmp_path, configs.load_config(LENET))
+    with pytest.raises(UsageError, match=r"optim\.learning_rate \(0\.002 there, 0\.1 here\), seed \(0 there, 1 here\); take"):
+        runlog.check(tmp_path, configs.load_config(LENET, {"seed": 1, "optim.learning_rate": 0.1}))
+
+
+def test_another_network_in_the_directory_is_refused(tmp_path):
+    runlog.claim(tmp_path, configs.load_config(LENET))
+    with pytest.raises(UsageError, match="more; take another --workdir"):
+        runlog.check(tmp_path, configs.load_config("configs/efficientnet_b0.py:digits"))
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "is no run directory"), ("{", "cannot be read")])
+def test_a_directory_that_is_no_run_is_one_line(content, message, tmp_path):
+    if content:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        runlog.read_config(tmp_path)
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="expected a folder that can be written"):
+        runlog.claim(tmp_path / "file" / "run", configs.load_config(LENET))
+
+
+def test_a_write_is_whole_or_not_there(tmp_path, monkeypatch):
+    runlog.write_whole(tmp_path / "a", "old")
+
+    def fail(*paths):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(runlog.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        runlog.write_whole(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
