@@ -6,7 +6,6 @@ The same command again continues an unfinished run and says so of a finished one
 import dataclasses
 import functools
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,9 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
     train, test = feed.TrainFeed(data, config, mesh), feed.TestFeed(data, config, mesh)
     total_steps = round(optim.duration(config, "total", train.steps_per_epoch))
     if total_steps < 1:
-        raise errors.UsageError(f"total_epochs={config.total_epochs}, total_steps={config.total_steps}: expected 1 step or more")
+        raise errors.UsageError(
+            f"total_epochs={config.total_epochs}, total_steps={config.total_steps}: expected 1 step or more"
+        )
     evaluate_every = max(1, round(config.evaluate.every_epochs * train.steps_per_epoch))
     first_step = checkpoint.newest_step(workdir / "checkpoints") or 0
     report = Report(total_steps=total_steps, first_step=first_step, quiet=quiet)

@@ -68,7 +68,7 @@ def get_config(model: str = "efficientnet_b0") -> ConfigDict:
 
     config.evaluate = ConfigDict()
     config.evaluate.every_epochs = 1.0  # each evaluation is followed by a checkpoint
-    config.evaluate.batch_size = 512
+    config.evaluate.batch_size = 512  # at most; a smaller test split is one batch
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 0  # further checkpoints between evaluations; 0: none

@@ -12,6 +12,12 @@ import jax  # noqa: E402  (reads the environment)
 import pytest  # noqa: E402
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
+from cnnfamily import config as configs  # noqa: E402
+from cnnfamily import train
+
+LENET = "configs/lenet5_digits.py"
+SHORT = {"total_epochs": 4.0, "evaluate.every_epochs": 1.0, "log.every_steps": 10, "optim.warmup_epochs": 0.5}
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
@@ -25,3 +31,15 @@ def x64():
     """64-bit floats for one test."""
     with jax.enable_x64(True):
         yield
+
+
+def short_config(**overrides):
+    """LeNet-5 on the digits for 88 steps; `group__key=value` sets `group.key`."""
+    return configs.load_config(LENET, SHORT | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run of `short_config` with averaged weights, which tests read and do not change: (workdir, result)."""
+    workdir = tmp_path_factory.mktemp("runs") / "lenet5"
+    return workdir, train.run_training(short_config(ema__decay=0.95), workdir, quiet=True)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cnnfamily import config as configs, models, optim
+from cnnfamily import config as configs
+from cnnfamily import models, optim
 
 FILES = sorted(path for path in (configs.REPOSITORY / "configs").glob("*.py") if path.stem != "default")
 
@@ -28,7 +29,7 @@ def test_docstrings_have_a_source_and_commands(file):
 
 
 def test_every_default_key_has_a_reason():
-    source = (configs.REPOSITORY / "configs/default.py").read_text().split("def choose")[0].split("\"\"\"", 2)[2]
+    source = (configs.REPOSITORY / "configs/default.py").read_text().split("def choose")[0].split('"""', 2)[2]
     for line in source.splitlines():
         name, equals, _ = line.strip().partition(" = ")
         group = line.endswith("ConfigDict()") or name.endswith(("_epochs", "_steps", "data.std"))

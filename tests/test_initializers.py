@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.errors import ScopeParamShapeError
 
 from cnnfamily import models
 from cnnfamily.models import create_model, initializers
@@ -54,13 +55,24 @@ def test_a_bound_for_each_column():
     np.testing.assert_allclose(abs(numbers).max(0), bound, rtol=0.03)
 
 
-@pytest.mark.parametrize("shape", [(1,), (7,), (256,), (257,), (4, 64), (3, 3, 20, 31), (1024,), (5, 5, 41)])
+@pytest.mark.parametrize("shape", [(7,), (1024,), (5, 5, 41)])
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
 def test_a_cut_from_a_larger_draw_is_the_draw(kind, shape):
     key = jax.random.key(3)
     expected = getattr(jax.random, kind)(key, shape)
     np.testing.assert_array_equal(initializers._random(kind, key, shape, jnp.float32), expected)
     np.testing.assert_array_equal(jax.jit(lambda key: initializers._random(kind, key, shape, jnp.float32))(key), expected)
+
+
+def test_a_network_that_has_its_parameters_draws_none(monkeypatch):
+    # Drawn again in every trace of `apply`, those of wide_resnet101_2 took 3 seconds.
+    network, images = create_model("lenet5", width=0.2), jnp.zeros((1, 32, 32, 1))
+    variables = models.initialize(network, jax.random.key(0))
+    monkeypatch.delattr(initializers, "_random")
+    network.apply(variables, images)
+    variables["params"]["classifier"]["kernel"] = jnp.zeros((16, 10))
+    with pytest.raises(ScopeParamShapeError, match="classifier"):
+        network.apply(variables, images)
 
 
 def test_draws_come_in_few_sizes():

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from cnnfamily import config as configs, runlog
+from cnnfamily import config as configs
+from cnnfamily import runlog
 from cnnfamily.errors import UsageError
 
 LENET = "configs/lenet5_digits.py"

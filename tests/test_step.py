@@ -58,7 +58,9 @@ def train(devices: int, micro_batches: int = 1, steps: int = 3, **fields):
 
 def assert_same(ours, theirs):
     for path, value in jax.tree_util.tree_leaves_with_path(ours[0]):
-        other = functools.reduce(lambda tree, key: getattr(tree, key.name) if hasattr(key, "name") else tree[_index(key)], path, theirs[0])
+        other = functools.reduce(
+            lambda tree, key: getattr(tree, key.name) if hasattr(key, "name") else tree[_index(key)], path, theirs[0]
+        )
         scale = np.abs(value).max() + 1e-12
         assert np.abs(value - other).max() <= 1e-9 * scale, jax.tree_util.keystr(path)
     np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-9)

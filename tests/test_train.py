@@ -10,15 +10,10 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import LENET, SHORT, short_config
 
-from cnnfamily import checkpoint, config as configs, errors, evaluate, runlog, train
-
-LENET = "configs/lenet5_digits.py"
-SHORT = {"total_epochs": 4.0, "evaluate.every_epochs": 1.0, "log.every_steps": 10, "optim.warmup_epochs": 0.5}
-
-
-def short_config(**overrides):
-    return configs.load_config(LENET, SHORT | {key.replace("__", "."): value for key, value in overrides.items()})
+from cnnfamily import checkpoint, errors, evaluate, runlog, train
+from cnnfamily import config as configs
 
 
 def lines_without_timing(workdir):
@@ -36,19 +31,17 @@ def assert_equal_states(one, two):
         assert np.array_equal(a, b), jax.tree_util.keystr(path)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of LeNet-5 with averaged weights, which tests read and do not change."""
-    workdir = tmp_path_factory.mktemp("runs") / "lenet5"
-    result = train.run_training(short_config(ema__decay=0.95), workdir, quiet=True)
-    return workdir, result
-
-
 def test_learns_and_writes_the_run_directory(finished):
     workdir, result = finished
     assert result.metrics["test_top1"] > 0.85
     assert result.metrics["test_examples"] == result.metrics["ema_test_examples"] == 360
-    assert {path.name for path in workdir.iterdir()} >= {"config.json", "manifest.json", "metrics.jsonl", "checkpoints", "curves.png"}
+    assert {path.name for path in workdir.iterdir()} >= {
+        "config.json",
+        "manifest.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "curves.png",
+    }
     assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
     rows = runlog.read_metrics(workdir)
     assert all({"step", "epoch"} <= row.keys() for row in rows)
@@ -72,23 +65,6 @@ def test_keeps_the_newest_and_the_best(finished):
     with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
         assert (checkpoints.newest, checkpoints.best) == (88, best)
     assert checkpoint.newest_step(workdir / "checkpoints") == result.step == 88
-
-
-def test_evaluation_gives_the_last_figure_again(finished, capsys):
-    workdir, result = finished
-    evaluate.main([f"--workdir={workdir}"])
-    assert json.loads(capsys.readouterr().out) == {"step": 88, **result.metrics}
-
-
-def test_load_run_gives_the_averaged_network(finished):
-    workdir, result = finished
-    network, variables, config = evaluate.load_run(workdir)
-    from cnnfamily.data import augment, feed
-
-    data = feed.load_data(config)
-    images = augment.normalize(data.test.images, data.mean, data.std)
-    hits = np.argmax(network.apply(variables, images), axis=1) == data.test.labels
-    assert hits.mean() == pytest.approx(result.metrics["ema_test_top1"])
 
 
 def test_a_finished_run_says_so(finished, capsys):
@@ -240,7 +216,11 @@ def test_labels_out_of_range_are_status_2(tmp_path, monkeypatch, capsys):
         test_labels=labels,
     )
     status, line = run_command(
-        monkeypatch, capsys, f"--config={LENET}", f"--config.data.source=npz:{tmp_path / 'bad.npz'}", f"--workdir={tmp_path / 'r'}"
+        monkeypatch,
+        capsys,
+        f"--config={LENET}",
+        f"--config.data.source=npz:{tmp_path / 'bad.npz'}",
+        f"--workdir={tmp_path / 'r'}",
     )
     assert (status, line.count("\n")) == (2, 1)
     assert "train_labels" in line

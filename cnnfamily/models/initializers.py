@@ -16,6 +16,8 @@ from flax import linen as nn
 
 def parameter(module: nn.Module, name: str, init, shape: tuple[int, ...], dtype) -> jax.Array:
     """`module.param`, computed at once if its key is known, also under `jax.eval_shape`; see `models.initialize`."""
+    if module.has_variable("params", name):
+        init = zeros  # linen then only compares its shape with the value's: nothing to draw
     with jax.ensure_compile_time_eval():
         return module.param(name, init, shape, dtype)
 
