@@ -8,11 +8,11 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
-import jax  # noqa: E402  (reads the environment)
-import pytest  # noqa: E402
-from jax.sharding import AxisType, Mesh  # noqa: E402
+import jax  # reads the environment, so after it
+import pytest
+from jax.sharding import AxisType, Mesh
 
-from cnnfamily import config as configs  # noqa: E402
+from cnnfamily import config as configs
 from cnnfamily import train
 
 LENET = "configs/lenet5_digits.py"

@@ -95,15 +95,20 @@ def test_every_block_counts_for_stochastic_depth(monkeypatch):
     assert asked == [16, 23]  # blocks without a shortcut too, and depth scales them
 
 
-def test_shortcuts_only_at_stride_1_and_equal_filters():
-    # With the last scale at 0 a block is its shortcut, or nothing. Stride 2 leaves the shape where the map is 1x1 already.
-    stages = ((1, 32, 1, 1, 3), (1, 32, 1, 16, 3), (1, 32, 1, 2, 3), (1, 40, 1, 1, 3))
-    network = create_model("efficientnet_b0", stages=stages, zero_init_last=True, num_classes=3)
+def test_shortcuts_only_at_stride_1():
+    # With its last scale at 0 a block is its shortcut, or nothing. On a map of one pixel stride 2 does not change the shape.
+    stages = ((1, 32, 1, 16, 3), (1, 32, 1, 1, 3), (1, 32, 1, 2, 3))
+    network = create_model("efficientnet_b0", stages=stages, num_classes=3)
     images = np.random.default_rng(0).normal(size=(1, 32, 32, 3)).astype(np.float32)
     variables = network.init(jax.random.key(0), images)
+    for block in ("stage2_block1", "stage3_block1"):
+        variables["params"][block]["project_norm"]["scale"] = np.zeros(32, np.float32)
     _, updates = network.apply(variables, images, mutable=["intermediates"])
-    maps = {name: bool((values[0] != 0).any()) for name, values in updates["intermediates"].items()}
-    assert maps == {"stage1": True, "stage2": False, "stage3": False, "stage4": False, "head_output": False}
+    maps = {name: np.asarray(values[0]) for name, values in updates["intermediates"].items()}
+    assert maps["stage1"].shape == (1, 1, 1, 32)
+    assert (maps["stage1"] != 0).all()
+    np.testing.assert_array_equal(maps["stage2"], maps["stage1"])
+    np.testing.assert_array_equal(maps["stage3"], np.zeros((1, 1, 1, 32)))
 
 
 def test_dropout_only_in_training_and_by_its_rate():
