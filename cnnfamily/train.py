@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cnnfamily import checkpoint, errors, optim, parallel, runlog
+from cnnfamily import checkpoint, errors, memory, optim, parallel, runlog
 from cnnfamily import config as configs
 from cnnfamily.data import feed
 from cnnfamily.evaluate import evaluate_state, fresh_state, make_evaluator
@@ -39,6 +39,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
       Stopped: SIGINT or SIGTERM arrived; the state is saved.
     """
     workdir = Path(workdir)
+    memory.keep_freed_memory()
     configs.check(config)
     runlog.check(workdir, config)
 
