@@ -11,8 +11,6 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from cnnfamily.errors import UsageError
 from cnnfamily.step import TrainState
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of every save
-
 
 def _rank(metrics: dict[str, float] | None) -> float:
     """What makes a checkpoint the best; Orbax would take NaN for the highest number of all."""
@@ -23,7 +21,8 @@ def _rank(metrics: dict[str, float] | None) -> float:
 class Checkpoints:
     """The checkpoints of a run, by step. Use as a context manager: leaving it waits for a save that is under way."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, *, read_only: bool = False):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of every save
         # Orbax by itself, with best_fn and max_to_keep, deletes the newest when it is not among the best.
         policy = preservation_policy.AnyPreservationPolicy(
             [preservation_policy.LatestN(1), preservation_policy.BestN(get_metric_fn=_rank, n=1)]
@@ -31,7 +30,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             directory.resolve(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, best_fn=_rank, best_mode="max", enable_async_checkpointing=True
+                preservation_policy=policy,
+                best_fn=_rank,
+                best_mode="max",
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,  # what a killed save left
             ),
         )
 
@@ -77,7 +80,7 @@ def restore_state(directory: Path, like: TrainState, *, which: str) -> TrainStat
     """The state of the "newest" or the "best" checkpoint under `directory`."""
     if not directory.is_dir():
         raise UsageError(f"no checkpoints in {directory.parent}: expected a folder that cnnfamily.train has written")
-    with Checkpoints(directory) as checkpoints:
+    with Checkpoints(directory, read_only=True) as checkpoints:
         step = checkpoints.newest if which == "newest" else checkpoints.best
         if step is None:
             raise UsageError(f"no checkpoint in {directory}: the run stopped before its first")

@@ -3,12 +3,13 @@
 import ast
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from cnnfamily.errors import UsageError, unknown
@@ -32,7 +33,7 @@ def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> Config
     file = next((found for found in (Path(name), REPOSITORY / name) if found.is_file()), None)
     if file is None:
         raise unknown("config file", name, _known_configs())
-    config = _import(file.resolve()).get_config(argument)
+    config = _get_config(file.resolve(), argument)
     override(config, overrides or {})
     return config.lock()
 
@@ -71,7 +72,7 @@ def _typed(key: str, value: Any, present: Any) -> Any:
     if isinstance(value, str) and kind is not str:
         try:
             found = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             found = value
     if kind is tuple and isinstance(found, int | float | str) and found != value:
         found = (found,)
@@ -83,13 +84,15 @@ def _typed(key: str, value: Any, present: Any) -> Any:
         found = int(found)
     if type(found) is not kind:
         raise UsageError(f"config.{key}={value!r}: expected {kind.__name__}, as in {present!r}")
-    if kind is float and found != found:
-        raise UsageError(f"config.{key}={value!r}: expected a number")
+    if kind is float and not math.isfinite(found):
+        raise UsageError(f"config.{key}={value!r}: expected a finite number")
+    if kind is tuple and not key.startswith("model.") and not all(type(item) in (int, float) for item in found):
+        raise UsageError(f"config.{key}={value!r}: expected numbers, such as (1, 2)")
     return found
 
 
-def _import(file: Path) -> ModuleType:
-    """Runs a config file; the root of its repository and ours are on the path, so that it can import its neighbours."""
+def _get_config(file: Path, argument: str) -> ConfigDict:
+    """Runs `get_config(argument)` of a config file; the root of its repository and ours are on the path for its imports."""
     for root in (str(file.parent.parent), str(REPOSITORY)):
         if root not in sys.path:
             sys.path.insert(0, root)
@@ -99,11 +102,16 @@ def _import(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UsageError(f"config file {file}, line {error.lineno}: {error.msg}") from error
-    if not hasattr(module, "get_config"):
-        raise UsageError(f"config file {file}: expected a function get_config(arg) that returns a ConfigDict")
-    return module
+        config = module.get_config(argument)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a user's file may do; `--debug` shows where
+        if not hasattr(module, "get_config") and isinstance(error, AttributeError):
+            raise UsageError(f"config file {file}: expected a function get_config(arg) that returns a ConfigDict") from error
+        raise UsageError(f"config file {file}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"config file {file}: get_config returned {type(config).__name__}, expected a ConfigDict")
+    return config
 
 
 def check(config: ConfigDict) -> None:
@@ -125,6 +133,10 @@ def check(config: ConfigDict) -> None:
         ):
             if refused:
                 raise UsageError(f"config.{key}={value}: expected {expected}")
+    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise UsageError(
+            "config.model.dtype=float64: expected JAX_ENABLE_X64=1 in the environment, without which it is float32"
+        )
 
 
 def _known_configs() -> list[str]:

@@ -17,13 +17,15 @@ from cnnfamily.step import TrainState, create_state, eval_step
 Evaluator = Callable[[dict, str], dict[str, float | int]]
 
 
-def make_evaluator(network: nn.Module, test: feed.TestFeed) -> Evaluator:
-    """A function of (variables, prefix) that evaluates the whole test split: `{prefix}loss`, `top1`, `top5`, `ece`, `examples`.
+def make_evaluator(network: nn.Module, test: feed.TestFeed, state: TrainState) -> Evaluator:
+    """A function of (variables, prefix) that evaluates the test split: `{prefix}loss`, `top1`, `top5`, `ece`, `examples`.
 
-    Every example is seen once on any number of devices; the count is checked.
+    Every example is seen once on any number of devices; the count is checked. Compiled here, for variables like `state`'s.
     """
     step = functools.partial(eval_step, network=network, view=test.view)
-    compiled = parallel.map_over_devices(step, test.mesh, batch_axis=0, outputs=1)
+    mapped = parallel.map_over_devices(step, test.mesh, batch_axis=0, outputs=1)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    compiled = mapped.lower(variables, next(test.batches()), test.store).compile()
 
     def evaluate(variables: dict, prefix: str) -> dict[str, float | int]:
         sums = [jax.device_get(compiled(variables, batch, test.store)) for batch in test.batches()]
@@ -80,9 +82,9 @@ def evaluate_run(workdir: str | Path, *, which: str = "newest") -> dict[str, flo
     """The figures of a run's checkpoint on the test split of its own data set."""
     network, state, config = load_state(Path(workdir), which=which)
     mesh = parallel.data_mesh()
-    evaluator = make_evaluator(network, feed.TestFeed(feed.load_data(config), config, mesh))
-    metrics = evaluate_state(evaluator, parallel.replicate(state, mesh))
-    return {"step": int(state.step), **metrics}
+    state = parallel.replicate(state, mesh)
+    evaluator = make_evaluator(network, feed.TestFeed(feed.load_data(config), config, mesh), state)
+    return {"step": int(state.step), **evaluate_state(evaluator, state)}
 
 
 def main(argv: list[str]) -> None:
@@ -91,7 +93,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest")
     arguments = parser.parse_args(argv)
     parallel.initialize()
-    print(json.dumps(evaluate_run(arguments.workdir, which=arguments.checkpoint)))
+    metrics = evaluate_run(arguments.workdir, which=arguments.checkpoint)
+    if jax.process_index() == 0:
+        print(json.dumps(metrics))
 
 
 if __name__ == "__main__":

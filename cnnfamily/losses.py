@@ -24,12 +24,12 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """Whether the label is among the k highest logits, bool `[batch]`; an equal logit before it counts against it.
 
-    With fewer than k classes every label is.
+    With fewer than k classes every label is; but where any logit is NaN, none is.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     before = jnp.arange(logits.shape[1], dtype=labels.dtype) < labels[:, None]
     ahead = (logits > own) | ((logits == own) & before)
-    return ahead.sum(axis=1) < k
+    return (ahead.sum(axis=1) < k) & ~jnp.isnan(logits).any(axis=1)
 
 
 def evaluation_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:

@@ -63,7 +63,10 @@ def _staircase(config: ConfigDict, peak: float, steps_per_epoch: int) -> Callabl
     if config.boundaries_epochs and config.boundaries_steps:
         raise UsageError("optim.boundaries_epochs and optim.boundaries_steps are both set: expected one of the two")
     boundaries = config.boundaries_steps or [round(epoch * steps_per_epoch) for epoch in config.boundaries_epochs]
-    return optax.piecewise_constant_schedule(peak, dict.fromkeys(boundaries, config.decay_factor))
+    scales = {}
+    for boundary in boundaries:  # two that round to one step both count
+        scales[boundary] = scales.get(boundary, 1.0) * config.decay_factor
+    return optax.piecewise_constant_schedule(peak, scales)
 
 
 def decayed(params) -> dict:

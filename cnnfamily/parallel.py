@@ -1,7 +1,7 @@
 """Devices and processes: one mesh with the axis `data`, and the step mapped over it.
 
-One code path serves a laptop, several GPUs and several hosts; on a cluster that JAX detects (Slurm, Open MPI, Cloud TPU,
-Kubernetes) every process runs the same command.
+One code path serves a laptop, several GPUs and several hosts. Under `srun` or `mpirun` every process runs the same command and
+finds the others by itself; elsewhere (Cloud TPU, Kubernetes) set CNNFAMILY_DISTRIBUTED=1 and JAX's own detection does.
 """
 
 import os
@@ -12,13 +12,14 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
-# Environment variables that a launcher of several processes sets, with their number; jax.distributed reads the rest itself.
-_PROCESS_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+# What the launchers of several processes set; a batch script outside `srun` has no SLURM_STEP_NUM_TASKS.
+_PROCESS_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def initialize() -> None:
-    """Joins the other processes of a launcher such as `srun`, before any device is used; alone it does nothing."""
-    if not jax.distributed.is_initialized() and any(int(os.environ.get(name) or 1) > 1 for name in _PROCESS_COUNTS):
+    """Joins the other processes of a launcher, before any device is used; alone it does nothing."""
+    several = any(int(os.environ.get(name) or 1) > 1 for name in _PROCESS_COUNTS)
+    if (several or os.environ.get("CNNFAMILY_DISTRIBUTED") == "1") and not jax.distributed.is_initialized():
         jax.distributed.initialize()
 
 

@@ -24,12 +24,11 @@ def predict_images(workdir: str | Path, paths: list[Path], *, top: int = 5) -> l
     network, variables, config = load_run(workdir)
     data = runlog.read_manifest(Path(workdir))["data"]
     resolution = config.data.resolution or config.model.resolution
-    arrays = [_read_image(path) for path in paths]
     fit = {"resolution": resolution, "channels": config.model.in_channels, "fit": config.data.fit}
     apply = jax.jit(network.apply)
     rows = []
-    for array in arrays:
-        images = augment.normalize(sources.fit_images(array[None], **fit), data["mean"], data["std"])
+    for path in paths:
+        images = augment.normalize(sources.fit_images(_read_image(path)[None], **fit), data["mean"], data["std"])
         probabilities = np.asarray(jax.nn.softmax(apply(variables, images))[0])
         best = np.argsort(-probabilities, kind="stable")[: min(top, len(data["class_names"]))]
         rows.append(

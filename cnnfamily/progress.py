@@ -1,6 +1,7 @@
 """What a run shows while it runs: one live line on a terminal, plain lines elsewhere."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -10,17 +11,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """A reader that went away (`| head`) must not end a training run: from now on, silence."""
+        self.quiet = True
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+
+
 class Report:
     """The live line (step, epoch, loss, accuracy, images a second, time left) and the lines that stay.
 
     Only the first process speaks. `quiet` leaves nothing but what is returned.
     """
 
-    def __init__(self, *, total_steps: int, first_step: int, quiet: bool = False):
+    def __init__(self, *, quiet: bool = False):
         self._speaks = not quiet and jax.process_index() == 0
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._console = _Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._live = None
-        self._total, self._first = total_steps, first_step
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -35,7 +42,7 @@ class Report:
             return
         start = time.monotonic()
         with contextlib.ExitStack() as stack:
-            if self._console.is_terminal and not self._live:
+            if self._console.is_terminal:
                 stack.enter_context(self._console.status(f"{text} ..."))
             else:
                 self.say(f"{text} ...")
@@ -43,7 +50,7 @@ class Report:
         self.say(f"{text}: {time.monotonic() - start:.1f} s")
 
     @contextlib.contextmanager
-    def live(self) -> Iterator[None]:
+    def live(self, *, first_step: int, total_steps: int) -> Iterator[None]:
         """Keeps the live line on a terminal for as long as the context lasts."""
         if not (self._speaks and self._console.is_terminal):
             yield
@@ -55,7 +62,7 @@ class Report:
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         )
         with Progress(*columns, console=self._console, transient=True, refresh_per_second=4) as self._live:
-            self._task = self._live.add_task("", total=self._total, completed=self._first)
+            self._task = self._live.add_task("", total=total_steps, completed=first_step)
             yield
         self._live = None
 

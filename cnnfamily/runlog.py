@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from ml_collections import ConfigDict
 
 from cnnfamily import config as configs
 from cnnfamily.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -47,12 +53,30 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     Raises:
       UsageError: it cannot be written.
     """
+    if jax.process_index() != 0:
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not (workdir / "config.json").exists():
             write_whole(workdir / "config.json", configs.to_json(config))
     except OSError as error:
         raise UsageError(f"workdir {workdir}: {error.strerror or error}; expected a folder that can be written") from error
+
+
+@contextlib.contextmanager
+def exclusive(workdir: Path) -> Iterator[None]:
+    """Holds a run directory for this process; a second one there is refused (`UsageError`). Ends with the process."""
+    if jax.process_index() != 0 or fcntl is None:
+        yield
+        return
+    with (workdir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"workdir {workdir} is in use by another training process") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -74,34 +98,42 @@ def read_manifest(workdir: Path) -> dict[str, Any]:
         raise UsageError(f"{workdir / 'manifest.json'} cannot be read: {error}") from error
 
 
-def write_manifest(workdir: Path, *, config: ConfigDict, data) -> None:
-    """Records what the run's figures depend on besides its config; a data set other than last time's is refused."""
-    devices = jax.devices()
-    manifest = {
-        "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
-        "python": platform.python_version(),
-        "devices": {"count": len(devices), "kind": devices[0].device_kind, "processes": jax.process_count()},
-        "batch_size": {"global": config.batch_size, "device": config.batch_size // len(devices)},
-        "data": {
-            "name": data.name,
-            "fingerprint": data.fingerprint,
-            "train_examples": len(data.train.labels),
-            "test_examples": len(data.test.labels),
-            "class_names": list(data.class_names),
-            "mean": list(data.mean),
-            "std": list(data.std),
-        },
-        "seed": config.seed,
-        "commit": _commit(),
-    }
+def check_data(workdir: Path, data) -> None:
+    """Refuses to go on with another data set than the run began with (`UsageError`)."""
     if (workdir / "manifest.json").exists():
-        before = read_manifest(workdir).get("data", {}).get("fingerprint")
+        before = read_manifest(workdir)["data"]["fingerprint"]
         if before != data.fingerprint:
             raise UsageError(
                 f"data set {data.name} has changed since this run began: fingerprint {data.fingerprint}, expected {before}"
             )
+
+
+def write_manifest(workdir: Path, *, config: ConfigDict, data, total_steps: int, first_step: int) -> None:
+    """Records what the run's figures depend on besides its config, and each session that worked on it."""
+    devices = jax.devices()
+    record = {
+        "name": data.name,
+        "fingerprint": data.fingerprint,
+        "train_examples": len(data.train.labels),
+        "test_examples": len(data.test.labels),
+        "class_names": list(data.class_names),
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+    manifest = {"seed": config.seed, "total_steps": total_steps, "data": record, "sessions": []}
+    if (workdir / "manifest.json").exists():
+        manifest = read_manifest(workdir)
+    session = {
+        "first_step": first_step,
+        "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+        "python": platform.python_version(),
+        "devices": {"count": len(devices), "kind": devices[0].device_kind, "processes": jax.process_count()},
+        "batch_size": {"global": config.batch_size, "device": config.batch_size // len(devices)},
+        "commit": _commit(),
+    }
     if jax.process_index() == 0:
-        write_whole(workdir / "manifest.json", json.dumps(manifest, indent=1))
+        text = json.dumps(manifest | {"sessions": [*manifest["sessions"], session]}, indent=1)
+        write_whole(workdir / "manifest.json", text)
 
 
 def _commit() -> str:
@@ -165,7 +197,9 @@ class RunLog:
 
 
 def draw_curves(workdir: Path) -> None:
-    """Draws loss and error against the epoch from `metrics.jsonl` into `curves.png`."""
+    """Draws loss and error against the epoch from `metrics.jsonl` into `curves.png`, in the first process."""
+    if jax.process_index() != 0:
+        return
     import matplotlib.figure  # slow to import, and pyplot would look for a display
 
     rows = read_metrics(workdir)
@@ -188,4 +222,5 @@ def draw_curves(workdir: Path) -> None:
         if axes.lines:
             axes.legend(fontsize="small")
     figure.suptitle(workdir.resolve().name, fontsize="medium")
-    figure.savefig(workdir / "curves.png", dpi=110)
+    figure.savefig(workdir / "curves.png.partial", dpi=110, format="png")
+    os.replace(workdir / "curves.png.partial", workdir / "curves.png")

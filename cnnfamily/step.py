@@ -122,6 +122,12 @@ def _take(store: dict[str, jax.Array], batch: dict[str, jax.Array], name: str) -
     return batch[name] if name in batch else jnp.take(store[name], batch["index"], axis=0)
 
 
+@jax.jit
+def largest_magnitude(tree: Any) -> jax.Array:
+    """The largest absolute value in a tree of arrays: NaN or infinite if any of them is."""
+    return jnp.max(jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves(tree)]))
+
+
 def eval_step(
     variables: dict,
     batch: dict[str, jax.Array],

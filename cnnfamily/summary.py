@@ -5,11 +5,9 @@ weight of a convolution or linear layer used at one output position, padded posi
 activations not.
 """
 
-import argparse
 import dataclasses
 import json
 import math
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -81,15 +79,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("models", metavar="MODEL", nargs="*", help="names or patterns such as 'resnet*' (default: all)")
     parser.add_argument("--layers", action="store_true", help="one line for each layer")
     parser.add_argument("--json", action="store_true", help="one JSON list on standard output")
-    arguments: argparse.Namespace = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     names = []
     for pattern in arguments.models or ["*"]:
         names += list_models(pattern) or [pattern]  # a name that matches nothing is an error of create_model
     summaries = [summarize(name) for name in dict.fromkeys(names)]
     if arguments.json:
         rows = [dataclasses.asdict(summary) for summary in summaries]
-        for row in rows:
-            row["layers"] = row["layers"] if arguments.layers else len(row["layers"])
+        if not arguments.layers:
+            rows = [{key: value for key, value in row.items() if key != "layers"} for row in rows]
         print(json.dumps(rows, indent=1))
         return
     print(f"{'network':<24}{'pixels':>7}{'parameters':>14}{'multiply-adds':>17}")
@@ -102,4 +100,3 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     errors.run_command(main)
-    sys.exit(0)

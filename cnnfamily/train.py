@@ -18,7 +18,7 @@ from cnnfamily.data import feed
 from cnnfamily.evaluate import evaluate_state, fresh_state, make_evaluator
 from cnnfamily.interrupt import StopRequest
 from cnnfamily.progress import Clock, Report
-from cnnfamily.step import train_step
+from cnnfamily.step import largest_magnitude, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,11 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
     memory.keep_freed_memory()
     configs.check(config)
     runlog.check(workdir, config)
+    report = Report(quiet=quiet)
+    first_step = checkpoint.newest_step(workdir / "checkpoints") or 0
+    if first_step and first_step == runlog.read_manifest(workdir)["total_steps"]:
+        report.say(f"{workdir} is finished: {first_step} steps")
+        return Result(workdir, first_step, last_evaluation(workdir))
 
     # Data and devices
     mesh = parallel.data_mesh()
@@ -53,14 +58,8 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             f"total_epochs={config.total_epochs}, total_steps={config.total_steps}: expected 1 step or more"
         )
     evaluate_every = max(1, round(config.evaluate.every_epochs * train.steps_per_epoch))
-    first_step = checkpoint.newest_step(workdir / "checkpoints") or 0
-    report = Report(total_steps=total_steps, first_step=first_step, quiet=quiet)
-    report.say(f"{config.model.name} on {data.name}, {mesh.size} {jax.devices()[0].device_kind}: {workdir}")
-    if first_step == total_steps:
-        report.say(f"this run is finished: {total_steps} steps")
-        return Result(workdir, total_steps, last_evaluation(workdir))
 
-    # Network, optimizer, state, and the step as one program
+    # Network, optimizer, state, and the two programs
     schedule = optim.learning_rate_schedule(
         config.optim, total_steps=total_steps, steps_per_epoch=train.steps_per_epoch, batch_size=config.batch_size
     )
@@ -76,25 +75,29 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
         ema_decay=config.ema.decay,
         ema_warmup=config.ema.warmup,
     )
-    update = parallel.map_over_devices(step_function, mesh, batch_axis=1, outputs=2, donate=True)
-    update = update.lower(state, train.batch(first_step), train.store)
-    evaluator = make_evaluator(network, test)
+    report.say(f"{config.model.name} on {data.name}, {mesh.size} {jax.devices()[0].device_kind}: {workdir}")
+    with report.busy("compiling"):
+        update = parallel.map_over_devices(step_function, mesh, batch_axis=1, outputs=2, donate=True)
+        update = update.lower(state, train.batch(first_step), train.store).compile()
+        evaluator = make_evaluator(network, test, state)
 
     # Run directory: nothing is written before everything above has been accepted
+    runlog.check_data(workdir, data)
     runlog.claim(workdir, config)
-    runlog.write_manifest(workdir, config=config, data=data)
     with (
+        StopRequest() as stop,  # the outermost: a save that is under way is awaited inside it
+        runlog.exclusive(workdir),
         checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints,
         runlog.RunLog(workdir, from_step=first_step, tensorboard=config.log.tensorboard) as log,
-        StopRequest() as stop,
-        report.live(),
+        report.live(first_step=first_step, total_steps=total_steps),
     ):
+        runlog.write_manifest(workdir, config=config, data=data, total_steps=total_steps, first_step=first_step)
         pending = []  # metrics of the steps that have no line in the log yet
+        if (checkpoints.newest or 0) != first_step:
+            raise errors.UsageError(f"another process has trained in {workdir} meanwhile; the same command goes on from there")
         if first_step:
             state, pending = checkpoints.restore(first_step, state)
             report.say(f"continues from step {first_step} of {total_steps}")
-        with report.busy("compiling the training step"):
-            update = update.compile()
 
         # Loop
         clock = Clock(config.batch_size)
@@ -105,11 +108,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             values = {name: float(value) for name, value in jax.device_get(measured).items()}
             clock.count_step()
             epoch = step / train.steps_per_epoch
-            if not math.isfinite(values["loss"]):
-                raise errors.NonFiniteLoss(
-                    f"the loss is {values['loss']} at step {step} (epoch {epoch:.2f}); the last checkpoint is from step "
-                    f"{checkpoints.newest or 0}; try a lower optim.learning_rate or optim.clip_norm=1.0"
-                )
+            check_finite(values, ("loss", "grad_norm"), step, checkpoints.newest)
             pending.append(values)
             report.update(step, epoch, values["loss"], values["top1"], clock.images_per_second)
 
@@ -121,18 +120,31 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 pending = []
             if evaluates:
                 metrics = evaluate_state(evaluator, state)
+                check_finite(metrics, ("test_loss", "ema_test_loss"), step, checkpoints.newest)
                 log.write(step, epoch, metrics)
                 report.say(describe(step, epoch, line, metrics, timing["images_per_second"]))
                 checkpoints.save(state, pending, rank=metrics.get("ema_test_top1", metrics["test_top1"]))
                 runlog.draw_curves(workdir)
                 clock.restart()
-            elif config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0:
+            due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
+            if (due or stop.signum) and not evaluates:
+                # The loss of the next step would tell; but the state is saved before there is one.
+                check_finite({"a parameter": largest_magnitude(state.params)}, ("a parameter",), step, checkpoints.newest)
                 checkpoints.save(state, pending, rank=math.nan)
             if stop.signum and step < total_steps:
-                checkpoints.save(state, pending, rank=math.nan)
                 raise errors.Stopped(f"stopped and saved at step {step}; the same command goes on from there", stop.signum)
     report.say(f"done: {workdir / 'curves.png'}")
     return Result(workdir, total_steps, metrics)
+
+
+def check_finite(values: dict[str, float], names: tuple[str, ...], step: int, saved: int | None) -> None:
+    """Raises `NonFiniteLoss` if one of the values is not finite: before such a state can be saved or called the best."""
+    for name in names:
+        if not math.isfinite(values.get(name, 0.0)):
+            raise errors.NonFiniteLoss(
+                f"{name} is {values[name]} at step {step}; the last checkpoint is from step {saved or 0}; "
+                f"try a lower optim.learning_rate or optim.clip_norm=1.0"
+            )
 
 
 def average(pending: list[dict[str, float]]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """ResNet-50 (v1.5) on ImageNet in 90 epochs. He et al. 2015, https://arxiv.org/abs/1512.03385, with the linear scaling, the
 warm-up and the zero-initialised last scales of Goyal et al. 2017, https://arxiv.org/abs/1706.02677.
 
-    python -m cnnfamily.train --config=configs/resnet50_imagenet.py          # 76.13 % has torchvision's, 76.4 % Goyal et al.
-    python -m cnnfamily.train --config=configs/resnet50_imagenet.py:digits   # the embedded digits at 64 pixels
+    python -m cnnfamily.train --config=configs/resnet50_imagenet.py          # torchvision's first weights: 76.13 %
+    python -m cnnfamily.train --config=configs/resnet50_imagenet.py:digits   # the embedded digits at 32 pixels
     python -m cnnfamily.train --config=configs/resnet50_imagenet.py:smoke    # a shrunken network, seconds
 """
 

@@ -60,7 +60,7 @@ def test_overrides_take_the_type_of_their_key(key, value, expected):
         ("batch_size", None, "config.batch_size=None: expected int"),
         ("augment.flip", "maybe", "config.augment.flip='maybe': expected bool"),
         ("optim.learning_rate", "nan", "expected float"),
-        ("optim.learning_rate", float("nan"), "expected a number"),
+        ("optim.learning_rate", float("nan"), "expected a finite number"),
         ("model", "lenet5", "it is a group; expected one of its keys"),
         ("seed.x", 1, "unknown config key 'seed.x'"),
         ("model.name", "efficientnet_b9", "did you mean 'efficientnet_b"),

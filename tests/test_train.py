@@ -8,6 +8,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import LENET, SHORT, short_config
@@ -54,7 +55,7 @@ def test_learns_and_writes_the_run_directory(finished):
     assert tested[0].keys() == {"step", "epoch"} | names
     assert configs.from_json((workdir / "config.json").read_text()) == short_config(ema__decay=0.95)
     manifest = json.loads((workdir / "manifest.json").read_text())
-    assert manifest["batch_size"] == {"global": 64, "device": 16}
+    assert manifest["sessions"][0]["batch_size"] == {"global": 64, "device": 16}
     assert manifest["data"]["train_examples"] == 1437
 
 
@@ -72,7 +73,7 @@ def test_a_finished_run_says_so(finished, capsys):
     before = (workdir / "metrics.jsonl").read_bytes()
     again = train.run_training(short_config(ema__decay=0.95), workdir)
     assert again.metrics == result.metrics
-    assert "this run is finished: 88 steps" in capsys.readouterr().out
+    assert "is finished: 88 steps" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
@@ -122,11 +123,9 @@ def test_a_split_too_large_for_the_device_gives_the_same_run(finished, tmp_path)
 def test_efficientnet_trains_evaluates_and_continues(tmp_path, monkeypatch):
     """The `:smoke` form of B0 with everything on: averages, accumulation, groups, stochastic depth, dropout, bfloat16."""
     overrides = {
-        "ema.decay": 0.99,
         "accumulate_steps": 2,
         "model.norm_group": 4,
         "model.dtype": "bfloat16",
-        "augment.flip": True,
         "model.stages": ((1, 16, 1, 1, 3), (6, 24, 2, 2, 5)),
     }
     config = configs.load_config("configs/efficientnet_b0.py:smoke", overrides)
@@ -180,6 +179,14 @@ def run_command(monkeypatch, capsys, *arguments):
         (["--config.total_steps=3"], "are both set"),
         (["--batch_size=3"], "argument '--batch_size=3': expected --config=, --workdir= or --config.KEY=VALUE"),
         (["--workdir"], "expected one argument"),
+        (["--config.model.width=-1"], "lenet5.width=-1.0: expected more than 0"),
+        (["--config.model.name=efficientnet_b0", "--config.model.dropout=1.0"], "expected less than 1"),
+        (["--config.model.name=efficientnet_b0", "--config.model.stages=(3,)"], "expected tuple"),
+        (["--config.model.name=resnet20_cifar", "--config.model.groups=0"], "groups=0: expected more than 0"),
+        (["--config.model.dtype=float64"], "expected JAX_ENABLE_X64=1"),
+        (["--config.total_epochs=1e999"], "expected a finite number"),
+        (["--config.optim.boundaries_steps={[]}"], "expected tuple"),
+        (["--config.data.mean=('a',)"], "expected numbers"),
     ],
 )  # fmt: skip
 def test_faults_are_one_line_and_status_2(arguments, expected, tmp_path, monkeypatch, capsys):
@@ -203,6 +210,26 @@ def test_faults_are_one_line_and_status_2(arguments, expected, tmp_path, monkeyp
 def test_wrong_config_files_are_one_line_and_status_2(config, expected, monkeypatch, capsys):
     status, line = run_command(monkeypatch, capsys, f"--config={config}")
     assert (status, line.count("\n")) == (2, 1)
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("mistake", "expected"),
+    [
+        ("config.optim.learning_rat = 0.1", "Did you mean"),
+        ("config.update({'augment': {'shfit': 3}})", "shfit"),
+        ("config.batch_size = 'x'", "batch_size"),
+        ("import nothing", "No module named 'nothing'"),
+        ("return 3", "get_config returned int, expected a ConfigDict"),
+        ("return (", "was never closed"),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_one_line_and_status_2(mistake, expected, tmp_path, monkeypatch, capsys):
+    lines = ["from configs import default", "def get_config(arg=''):", "    config = default.get_config()", f"    {mistake}"]
+    (tmp_path / "mine.py").write_text("\n".join([*lines, "    return config"]))
+    status, line = run_command(monkeypatch, capsys, f"--config={tmp_path / 'mine.py'}")
+    assert (status, line.count("\n")) == (2, 1)
+    assert "mine.py" in line
     assert expected in line
 
 
@@ -246,25 +273,52 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
         return short_config(data__source=f"npz:{tmp_path / 'data.npz'}", checkpoint__every_steps=1)
 
     runlog.claim(tmp_path / "run", save(0))
-    runlog.write_manifest(tmp_path / "run", config=save(0), data=train.feed.load_data(save(0)))
+    data = train.feed.load_data(save(0))
+    runlog.write_manifest(tmp_path / "run", config=save(0), data=data, total_steps=4, first_step=0)
     with pytest.raises(errors.UsageError, match="has changed since this run began"):
         train.run_training(save(1), tmp_path / "run", quiet=True)
 
 
-def test_a_loss_that_is_not_finite_is_status_3_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
-    """The learning rate jumps at step 30, after the checkpoint of step 22."""
-    overrides = SHORT | {
-        "optim.name": "sgd", "optim.learning_rate": 0.01, "optim.clip_norm": 0.0, "optim.schedule": "steps",
-        "optim.boundaries_steps": (30,), "optim.decay_factor": 1e30, "optim.warmup_epochs": 0.0, "optim.weight_decay": 0.0,
-    }  # fmt: skip
+@pytest.mark.parametrize("jump", [30, 43, 49])
+def test_a_loss_that_is_not_finite_is_status_3_and_keeps_the_checkpoints(jump, tmp_path, monkeypatch, capsys):
+    """The learning rate is infinite once: between saves, and at the update that an evaluation (44) or a save (50) would keep."""
+
+    def schedule(*_, **__):
+        return lambda step: jnp.where(jnp.asarray(step) == jump, jnp.inf, 0.01)
+
+    monkeypatch.setattr(train.optim, "learning_rate_schedule", schedule)
+    overrides = SHORT | {"optim.name": "sgd", "optim.clip_norm": 0.0, "checkpoint.every_steps": 10}
     arguments = [f"--config.{key}={value}" for key, value in overrides.items()]
     status, line = run_command(monkeypatch, capsys, f"--config={LENET}", *arguments, f"--workdir={tmp_path / 'run'}")
     assert (status, line.count("\n")) == (3, 1)
-    assert "at step 3" in line
-    assert "the last checkpoint is from step 22" in line
+    noticed, saved = {30: (32, 30), 43: (44, 40), 49: (50, 44)}[jump]
+    assert f"at step {noticed};" in line
+    assert f"the last checkpoint is from step {saved}" in line
     state = final_state(tmp_path / "run")
-    assert state.step == 22
+    assert state.step == saved
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert all(np.isfinite(row.get("test_loss", 0)) for row in runlog.read_metrics(tmp_path / "run"))
+
+
+def test_two_processes_in_one_directory_are_refused(finished, tmp_path, monkeypatch):
+    def start_another(self, step, *figures):
+        if step == 5:
+            with pytest.raises(errors.UsageError, match="is in use by another training process"), runlog.exclusive(tmp_path):
+                pass
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(train.Report, "update", start_another)
+    with pytest.raises(ZeroDivisionError):
+        train.run_training(short_config(ema__decay=0.95), tmp_path, quiet=True)
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
+    """`train | head -1`"""
+    command = f"{sys.executable} -m cnnfamily.train --config={LENET}:smoke --workdir={tmp_path / 'run'} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+    manifest = runlog.read_manifest(tmp_path / "run")
+    assert checkpoint.newest_step(tmp_path / "run/checkpoints") == manifest["total_steps"] == 4
 
 
 def test_signals_end_the_real_command_with_their_status(tmp_path):

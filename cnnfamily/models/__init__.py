@@ -20,6 +20,8 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **efficientnet.VARIANTS,
 }
 _NOT_CONFIG = ("parent", "name", "axis_name")  # linen's own, and what only the training loop knows
+_MAY_BE_ZERO = ("norm_group", "se_ratio", "se_reduction", "dropout", "stochastic_depth", "norm_momentum")
+_BELOW_ONE = ("dropout", "stochastic_depth", "norm_momentum")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -55,8 +57,12 @@ def build(config: ConfigDict) -> nn.Module:
             raise unknown(f"field of {name}", key, sorted(defaults))
         if isinstance(defaults[key], float) and type(value) is int:
             values[key] = value = float(value)
-        if type(value) is not type(defaults[key]):
+        if not _like(value, defaults[key]):
             raise UsageError(f"{name}.{key}={value!r}: expected {type(defaults[key]).__name__}, as in {defaults[key]!r}")
+        if type(value) in (int, float) and not (value >= 0 if key in _MAY_BE_ZERO else value > 0):
+            raise UsageError(f"{name}.{key}={value}: expected {'0 or more' if key in _MAY_BE_ZERO else 'more than 0'}")
+        if key in _BELOW_ONE and value >= 1:
+            raise UsageError(f"{name}.{key}={value}: expected less than 1")
     if values.get("dtype", "float32") not in DTYPES:
         raise unknown("dtype", values["dtype"], DTYPES)
     network_class, row = NETWORKS[name]
@@ -94,3 +100,14 @@ def initialize(network: nn.Module, key: jax.Array, *, resolution: int = 0) -> di
 def _frozen(value: Any) -> Any:
     """Lists (which JSON makes of tuples) as tuples: a linen module's fields must be hashable."""
     return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _like(value: Any, example: Any) -> bool:
+    """Whether a value has the type of the example, and an item of a tuple that of the example's first."""
+    if type(value) is not type(example):
+        return False
+    if not isinstance(value, tuple) or not example:
+        return True
+    if isinstance(example[0], tuple):
+        return all(_like(item, example[0]) and len(item) == len(example[0]) for item in value) and bool(value)
+    return all(type(item) is type(example[0]) for item in value) and bool(value)

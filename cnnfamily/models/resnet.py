@@ -142,7 +142,7 @@ class ResNet(nn.Module):
             return BatchNorm(train, *statistics, dtype=self.dtype, **fields)
 
         def squeezed(filters):
-            return filters // self.se_reduction if self.se_reduction else 0
+            return max(1, filters // self.se_reduction) if self.se_reduction else 0
 
         repeats = [round_repeats(size, self.depth) for size in self.stage_sizes]
         keep = iter(keep_scales(self, sum(repeats), train, position))
