@@ -39,7 +39,6 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
       Stopped: SIGINT or SIGTERM arrived; the state is saved.
     """
     workdir = Path(workdir)
-    memory.keep_freed_memory()
     configs.check(config)
     runlog.check(workdir, config)
     report = Report(quiet=quiet)
@@ -191,4 +190,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    memory.use_huge_pages()
     errors.run_command(main)

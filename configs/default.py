@@ -119,7 +119,7 @@ def digits(config: ConfigDict, *, epochs: float, resolution: int = 32) -> None:
             "ema": {"decay": 0.0, "warmup": True},
             "evaluate": {"every_epochs": max(1.0, float(round(epochs / 8))), "batch_size": 512},
             "checkpoint": {"every_steps": 0},
-            "log": {"every_steps": 50},
+            "log": {"every_steps": 1437 // 64},  # once an epoch
         }
     )
     if "norm_group" in config.model:

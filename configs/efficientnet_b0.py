@@ -1,8 +1,15 @@
 """EfficientNet-B0. Tan and Le 2019, https://arxiv.org/abs/1905.11946, section 5.2, and the authors' code.
 
-python -m cnnfamily.train --config=configs/efficientnet_b0.py:digits   # the embedded digits at 32 pixels, minutes on a CPU
-python -m cnnfamily.train --config=configs/efficientnet_b0.py:smoke    # a shrunken network, seconds
-python -m cnnfamily.train --config=configs/efficientnet_b0.py          # ImageNet at 224 pixels; 76.3 % top-1 in the paper
+    python -m cnnfamily.train --config=configs/efficientnet_b0.py:digits   # the embedded digits at 32 pixels
+    python -m cnnfamily.train --config=configs/efficientnet_b0.py:smoke    # a shrunken network, seconds
+    python -m cnnfamily.train --config=configs/efficientnet_b0.py          # ImageNet; needs a source that is not read yet
+
+`:digits` gives 98.9 % of the 360 test digits (98.6, 99.4 and 98.6 with seeds 0, 1 and 2) after 24 epochs.
+
+The paper has 76.3 % top-1 on ImageNet. What is not here of its recipe: AutoAugment and random crops. What differs from the
+authors' code: batch norm's epsilon (1e-5; theirs 1e-3) and padding (symmetric; theirs "same"), which are torchvision's for B0
+to B4, so that weights published under these names fit; and the batch, 2048 in theirs: the paper's learning rate of 0.256 is
+for 4096.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def make(name: str, arg: str, *, digits_epochs: float = 24.0) -> ConfigDict:
-    """The authors' recipe for one of B0 to B7, which differ in the fields of the model alone."""
+    """The paper's recipe for one of B0 to B7, which differ in the fields of the model alone."""
     config = default.get_config(name)
     config.update(
         {

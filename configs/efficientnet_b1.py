@@ -2,7 +2,7 @@
 
 python -m cnnfamily.train --config=configs/efficientnet_b1.py:digits   # the embedded digits at 32 pixels
 python -m cnnfamily.train --config=configs/efficientnet_b1.py:smoke    # a shrunken network, seconds
-python -m cnnfamily.train --config=configs/efficientnet_b1.py          # ImageNet at 240 pixels; 78.8 % top-1 in the paper
+python -m cnnfamily.train --config=configs/efficientnet_b1.py          # ImageNet at 240 pixels; the paper has 78.8 %
 """
 
 from ml_collections import ConfigDict
@@ -11,4 +11,4 @@ from configs import efficientnet_b0
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    return efficientnet_b0.make("efficientnet_b1", arg, digits_epochs=24.0)
+    return efficientnet_b0.make("efficientnet_b1", arg)

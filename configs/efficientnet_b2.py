@@ -2,7 +2,7 @@
 
 python -m cnnfamily.train --config=configs/efficientnet_b2.py:digits   # the embedded digits at 32 pixels
 python -m cnnfamily.train --config=configs/efficientnet_b2.py:smoke    # a shrunken network, seconds
-python -m cnnfamily.train --config=configs/efficientnet_b2.py          # ImageNet at 260 pixels; 79.8 % top-1 in the paper
+python -m cnnfamily.train --config=configs/efficientnet_b2.py          # ImageNet at 260 pixels; the paper has 79.8 %
 """
 
 from ml_collections import ConfigDict
@@ -11,4 +11,4 @@ from configs import efficientnet_b0
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    return efficientnet_b0.make("efficientnet_b2", arg, digits_epochs=24.0)
+    return efficientnet_b0.make("efficientnet_b2", arg)

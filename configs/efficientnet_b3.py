@@ -2,7 +2,7 @@
 
 python -m cnnfamily.train --config=configs/efficientnet_b3.py:digits   # the embedded digits at 32 pixels
 python -m cnnfamily.train --config=configs/efficientnet_b3.py:smoke    # a shrunken network, seconds
-python -m cnnfamily.train --config=configs/efficientnet_b3.py          # ImageNet at 300 pixels; 81.1 % top-1 in the paper
+python -m cnnfamily.train --config=configs/efficientnet_b3.py          # ImageNet at 300 pixels; the paper has 81.1 %
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
 python -m cnnfamily.train --config=configs/efficientnet_b4.py:digits   # the embedded digits at 32 pixels
 python -m cnnfamily.train --config=configs/efficientnet_b4.py:smoke    # a shrunken network, seconds
-python -m cnnfamily.train --config=configs/efficientnet_b4.py          # ImageNet at 380 pixels; 82.6 % top-1 in the paper
+python -m cnnfamily.train --config=configs/efficientnet_b4.py          # ImageNet at 380 pixels; the paper has 82.6 %
 """
 
 from ml_collections import ConfigDict

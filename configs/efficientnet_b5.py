@@ -2,7 +2,7 @@
 
 python -m cnnfamily.train --config=configs/efficientnet_b5.py:digits   # the embedded digits at 32 pixels
 python -m cnnfamily.train --config=configs/efficientnet_b5.py:smoke    # a shrunken network, seconds
-python -m cnnfamily.train --config=configs/efficientnet_b5.py          # ImageNet at 456 pixels; 83.3 % top-1 in the paper
+python -m cnnfamily.train --config=configs/efficientnet_b5.py          # ImageNet at 456 pixels; the paper has 83.3 %
 """
 
 from ml_collections import ConfigDict

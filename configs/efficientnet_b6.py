@@ -2,7 +2,7 @@
 
 python -m cnnfamily.train --config=configs/efficientnet_b6.py:digits   # the embedded digits at 32 pixels
 python -m cnnfamily.train --config=configs/efficientnet_b6.py:smoke    # a shrunken network, seconds
-python -m cnnfamily.train --config=configs/efficientnet_b6.py          # ImageNet at 528 pixels; 84.0 % top-1 in the paper
+python -m cnnfamily.train --config=configs/efficientnet_b6.py          # ImageNet at 528 pixels; the paper has 84.0 %
 """
 
 from ml_collections import ConfigDict

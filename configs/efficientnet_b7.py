@@ -2,7 +2,7 @@
 
 python -m cnnfamily.train --config=configs/efficientnet_b7.py:digits   # the embedded digits at 32 pixels
 python -m cnnfamily.train --config=configs/efficientnet_b7.py:smoke    # a shrunken network, seconds
-python -m cnnfamily.train --config=configs/efficientnet_b7.py          # ImageNet at 600 pixels; 84.4 % top-1 in the paper
+python -m cnnfamily.train --config=configs/efficientnet_b7.py          # ImageNet at 600 pixels; the paper has 84.4 %
 """
 
 from ml_collections import ConfigDict

@@ -281,7 +281,7 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
 
 @pytest.mark.parametrize("jump", [30, 43, 49])
 def test_a_loss_that_is_not_finite_is_status_3_and_keeps_the_checkpoints(jump, tmp_path, monkeypatch, capsys):
-    """The learning rate is infinite once: between saves, and at the update that an evaluation (44) or a save (50) would keep."""
+    """The learning rate is infinite once: between saves, or at the update that an evaluation (44) or a save (50) would keep."""
 
     def schedule(*_, **__):
         return lambda step: jnp.where(jnp.asarray(step) == jump, jnp.inf, 0.01)
