@@ -16,8 +16,10 @@ from cnnfamily.errors import unknown
 from cnnfamily.models import model_config
 
 
-def get_config(model: str = "efficientnet_b0") -> ConfigDict:
-    """The default config for a network, trained on the embedded digits."""
+def get_config(arg: str = "") -> ConfigDict:
+    """The defaults for the network named by `arg`, EfficientNet-B0 without; or that in its `digits` or `smoke` form."""
+    form = arg if arg in ("digits", "smoke") else ""
+    model = "efficientnet_b0" if form or not arg else arg
     config = ConfigDict()
     config.seed = 0  # of initialisation, order, augmentation, dropout and stochastic depth: a run is a function of it
     config.batch_size = 64  # examples a step, over all devices
@@ -76,7 +78,8 @@ def get_config(model: str = "efficientnet_b0") -> ConfigDict:
     config.log = ConfigDict()
     config.log.every_steps = 50  # a training line, the mean over the steps since the last; one at every evaluation too
     config.log.tensorboard = True  # TensorBoard files as well, if tensorboardX is installed
-    return config.lock()  # a typo in a config file is an error, not a new key
+    config.lock()  # a typo in a config file is an error, not a new key
+    return choose(config, form, digits_epochs=24.0)
 
 
 def choose(config: ConfigDict, arg: str, *, digits_epochs: float) -> ConfigDict:

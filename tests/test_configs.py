@@ -7,6 +7,7 @@ import pytest
 
 from cnnfamily import config as configs
 from cnnfamily import models, optim
+from cnnfamily.errors import UsageError
 
 FILES = sorted(path for path in (configs.REPOSITORY / "configs").glob("*.py") if path.stem != "default")
 
@@ -20,6 +21,26 @@ def test_every_form_loads_and_builds(file, argument):
     optim.learning_rate_schedule(config.optim, total_steps=10_000, steps_per_epoch=20, batch_size=config.batch_size)
     if argument == "digits":
         assert (config.data.source, config.model.num_classes) == ("digits", 10)
+
+
+@pytest.mark.parametrize(
+    ("argument", "model", "classes"),
+    [
+        ("", "efficientnet_b0", 1000),
+        ("digits", "efficientnet_b0", 10),
+        ("smoke", "efficientnet_b0", 10),
+        ("resnet18", "resnet18", 1000),
+    ],
+)
+def test_the_defaults_are_a_config_themselves(argument, model, classes):
+    config = configs.load_config(f"configs/default.py:{argument}")
+    assert (config.model.name, config.model.num_classes, config.data.source[:4]) == (
+        model,
+        classes,
+        "fake" if argument == "smoke" else "digi",
+    )
+    with pytest.raises(UsageError, match="did you mean 'resnet18'"):
+        configs.load_config("configs/default.py:resnt18")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
