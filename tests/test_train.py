@@ -16,6 +16,9 @@ from conftest import LENET, SHORT, short_config
 from cnnfamily import checkpoint, errors, evaluate, runlog, train
 from cnnfamily import config as configs
 
+# XLA 0.10.0 prints lines of its own when it loads a program from the compilation cache.
+NO_CACHE = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+
 
 def lines_without_timing(workdir):
     return [{key: value for key, value in row.items() if key != "timing"} for row in runlog.read_metrics(workdir)]
@@ -315,7 +318,7 @@ def test_two_processes_in_one_directory_are_refused(finished, tmp_path, monkeypa
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
     """`train | head -1`"""
     command = f"{sys.executable} -m cnnfamily.train --config={LENET}:smoke --workdir={tmp_path / 'run'} | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, env=NO_CACHE)
     assert done.stderr == ""
     manifest = runlog.read_manifest(tmp_path / "run")
     assert checkpoint.newest_step(tmp_path / "run/checkpoints") == manifest["total_steps"] == 4
@@ -325,7 +328,10 @@ def test_signals_end_the_real_command_with_their_status(tmp_path):
     """SIGINT to a process of its own: it saves, says how to go on, and ends with 130; the curve is there."""
     command = [sys.executable, "-m", "cnnfamily.train", f"--config={LENET}", f"--workdir={tmp_path / 'run'}"]
     process = subprocess.Popen(
-        [*command, "--config.total_epochs=100000", "--config.log.every_steps=5"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, "--config.total_epochs=100000", "--config.log.every_steps=5"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=NO_CACHE,
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").stat().st_size:
