@@ -1,8 +1,8 @@
 """How parameters start: functions of (key, shape, dtype), and the way in which layers ask for them.
 
-Compiled as one program, EfficientNet-B0's initialisation took 8.7 to 9.2 seconds, for each of its 82 kernels brought its own copy
-of the generator. So `parameter` evaluates it at once even while the layers around it are only traced, and draws come in few
-sizes: 2.7 to 2.8 seconds, the same numbers (two Zen 5 cores, jaxlib 0.10.2, three runs of each in turn).
+Compiled as one program, EfficientNet-B0's initialisation took 8.7 to 9.2 seconds, for each of its 82 kernels brought its own
+copy of the generator. So `parameter` evaluates it at once even while the layers around it are only traced, and draws come in
+few sizes: 2.7 to 2.8 seconds, the same numbers (two Zen 5 cores, jaxlib 0.10.2, three runs of each in turn).
 """
 
 import functools
