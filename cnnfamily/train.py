@@ -3,6 +3,7 @@
 The same command again continues an unfinished run and says so of a finished one.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -83,17 +84,16 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
     # Run directory: nothing is written before everything above has been accepted
     runlog.check_data(workdir, data)
     runlog.claim(workdir, config)
-    with (
-        StopRequest() as stop,  # the outermost: a save that is under way is awaited inside it
-        runlog.exclusive(workdir),
-        checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints,
-        runlog.RunLog(workdir, from_step=first_step, tensorboard=config.log.tensorboard) as log,
-        report.live(first_step=first_step, total_steps=total_steps),
-    ):
-        runlog.write_manifest(workdir, config=config, data=data, total_steps=total_steps, first_step=first_step)
-        pending = []  # metrics of the steps that have no line in the log yet
-        if (checkpoints.newest or 0) != first_step:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())  # left last: a save that is under way is awaited inside it
+        stack.enter_context(runlog.exclusive(workdir))
+        checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints"))
+        if (checkpoints.newest or 0) != first_step:  # before the log below drops what lies after first_step
             raise errors.UsageError(f"another process has trained in {workdir} meanwhile; the same command goes on from there")
+        runlog.write_manifest(workdir, config=config, data=data, total_steps=total_steps, first_step=first_step)
+        log = stack.enter_context(runlog.RunLog(workdir, from_step=first_step, tensorboard=config.log.tensorboard))
+        stack.enter_context(report.live(first_step=first_step, total_steps=total_steps))
+        pending = []  # metrics of the steps that have no line in the log yet
         if first_step:
             state, pending = checkpoints.restore(first_step, state)
             report.say(f"continues from step {first_step} of {total_steps}")

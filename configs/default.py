@@ -93,7 +93,7 @@ def choose(config: ConfigDict, arg: str, *, digits_epochs: float) -> ConfigDict:
     return config
 
 
-def digits(config: ConfigDict, *, epochs: float, resolution: int = 32) -> None:
+def digits(config: ConfigDict, *, epochs: float) -> None:
     """Turns a config into training on the embedded digits at a size that two CPU cores manage in minutes."""
     config.update(
         {
@@ -103,7 +103,7 @@ def digits(config: ConfigDict, *, epochs: float, resolution: int = 32) -> None:
             "total_steps": 0,
             "label_smoothing": 0.1,
             "model": {"num_classes": 10},
-            "data": {"source": "digits", "resolution": resolution, "fit": "resize", "mean": (), "std": ()},
+            "data": {"source": "digits", "resolution": 32, "fit": "resize", "mean": (), "std": ()},
             "augment": {"crop_padding": 0, "shift": 3, "flip": False},
             "optim": {
                 "name": "adamw",

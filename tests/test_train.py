@@ -315,6 +315,16 @@ def test_two_processes_in_one_directory_are_refused(finished, tmp_path, monkeypa
         train.run_training(short_config(ema__decay=0.95), tmp_path, quiet=True)
 
 
+def test_a_process_that_comes_late_drops_nothing(finished, monkeypatch):
+    """It compiled while another process trained: what it knows of the checkpoints is old."""
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(train.checkpoint, "newest_step", lambda directory: 22)
+    with pytest.raises(errors.UsageError, match="another process has trained"):
+        train.run_training(short_config(ema__decay=0.95), workdir, quiet=True)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
     """`train | head -1`"""
     command = f"{sys.executable} -m cnnfamily.train --config={LENET}:smoke --workdir={tmp_path / 'run'} | head -1"
