@@ -90,10 +90,10 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema_decay:
-        step = state.step.astype(jnp.float32)
-        decay = jnp.minimum(ema_decay, (1 + step) / (10 + step)) if ema_warmup else jnp.float32(ema_decay)
+        step = state.step.astype(_loss_dtype(state))
+        decay = jnp.minimum(ema_decay, (1 + step) / (10 + step)) if ema_warmup else jnp.asarray(ema_decay, step.dtype)
         new = {"params": params, "batch_stats": batch_stats}
-        ema = jax.tree.map(lambda old, x: old + (1 - decay).astype(x.dtype) * (x - old), ema, new)
+        ema = jax.tree.map(lambda old, x: old + (1 - decay) * (x - old), ema, new)
     metrics = {"loss": loss, "top1": top1, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 

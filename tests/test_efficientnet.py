@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnfamily.models import create_model, efficientnet, layers
+from cnnfamily.models import create_model, efficientnet, stochastic_depth
+from cnnfamily.models.stochastic_depth import Drop
 from cnnfamily.summary import summarize
 
 # Tan and Le 2019, Table 1 (B0 at 224 pixels), as the authors' code has it: side, filters and blocks of each stage's output.
@@ -73,7 +74,7 @@ def test_batch_norm_of_the_variants():
 
 def test_stochastic_depth_of_b0():
     network = create_model("efficientnet_b0")
-    rates = layers.drop_rates(network.stochastic_depth, 16, network.stochastic_depth_schedule)
+    rates = stochastic_depth.drop_rates(network.stochastic_depth, 16, network.stochastic_depth_schedule)
     assert rates == pytest.approx([0.2 * i / 16 for i in range(16)])
 
 
@@ -87,9 +88,9 @@ def test_every_block_counts_for_stochastic_depth(monkeypatch):
 
     def record(network, blocks, train, position):
         asked.append(blocks)
-        return [None] * blocks
+        return [Drop()] * blocks
 
-    monkeypatch.setattr(efficientnet, "keep_scales", record)
+    monkeypatch.setattr(efficientnet, "drops", record)
     for name in ("efficientnet_b0", "efficientnet_b1"):
         summarize(name)
     assert asked == [16, 23]  # blocks without a shortcut too, and depth scales them

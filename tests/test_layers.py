@@ -18,9 +18,7 @@ from cnnfamily.models.layers import (
     SqueezeExcite,
     check_images,
     choose,
-    drop_rates,
     dropout,
-    keep_scales,
 )
 
 
@@ -221,7 +219,7 @@ def test_batch_norm_groups_must_not_cut_a_device_in_the_middle():
         on_devices(step, 3, NORM, jnp.ones((12, 1, 1, 2)), outputs="cut")
 
 
-# Squeeze-and-excitation, dropout, stochastic depth
+# Squeeze-and-excitation, dropout
 
 
 def test_squeeze_excite():
@@ -252,70 +250,6 @@ def test_dropout_masks_belong_to_positions():
     assert len(np.unique(whole, axis=0)) == 6
     np.testing.assert_array_equal(masks([4, 0, 2], shape=(8,)), whole[[4, 0, 2]])
     np.testing.assert_array_equal(np.concatenate([masks(range(3), shape=(8,)), masks(range(3, 6), shape=(8,))]), whole)
-
-
-def test_drop_rates():
-    assert drop_rates(0.5, 4, "l/L") == (0.125, 0.25, 0.375, 0.5)
-    assert drop_rates(0.2, 4, "i/N") == pytest.approx((0, 0.05, 0.1, 0.15))
-    assert drop_rates(0.5, 0, "l/L") == ()
-    with pytest.raises(UsageError, match="unknown stochastic-depth schedule 'l/N'"):
-        drop_rates(0.5, 4, "l/N")
-
-
-class Depth(nn.Module):
-    """The fields that `keep_scales` reads."""
-
-    stochastic_depth: float = 0.6
-    stochastic_depth_form: str = "example"
-    stochastic_depth_schedule: str = "i/N"
-
-    def __call__(self, train, position):
-        return keep_scales(self, 3, train, jnp.asarray(position))
-
-
-def scales(position, train=True, seed=0, **fields):
-    return Depth(**fields).apply({}, train, position, rngs={"stochastic_depth": jax.random.key(seed)})
-
-
-def test_keep_scales():
-    first, second, third = scales(range(4000))
-    assert first is None  # rate 0: always runs
-    for scale, rate in ((second, 0.2), (third, 0.4)):
-        assert scale.shape == (4000, 1, 1, 1)
-        assert set(np.unique(scale)) == {0, np.float32(1 / (1 - rate))}
-        # The mean of n factors of 0 or 1/(1-p) has a deviation of sqrt(p / (1 - p) / n).
-        assert abs(float(scale.mean()) - 1) < 5 * (rate / (1 - rate) / 4000) ** 0.5
-    dropped = np.stack([second, third]).squeeze() == 0
-    both = dropped.all(0).mean()  # blocks drop independently
-    assert abs(both - 0.2 * 0.4) < 5 * (0.08 * 0.92 / 4000) ** 0.5
-
-
-def test_keep_scales_belong_to_positions():
-    whole = scales(range(64), stochastic_depth_schedule="l/L")
-    part = scales([40, 3, 17], stochastic_depth_schedule="l/L")
-    for a, b in zip(part, whole, strict=True):
-        np.testing.assert_array_equal(a, b[jnp.array([40, 3, 17])])
-    other = scales(range(64), seed=1, stochastic_depth_schedule="l/L")
-    assert any((a != b).any() for a, b in zip(other, whole, strict=True))
-
-
-@pytest.mark.parametrize("fields", [{"train": False}, {"stochastic_depth": 0.0}, {"stochastic_depth_form": "none"}])
-def test_no_branch_is_scaled(fields):
-    assert scales(range(4), **fields) == [None] * 3
-
-
-@pytest.mark.parametrize("rate", [-0.1, 1.0])
-def test_a_rate_that_is_none(rate):
-    with pytest.raises(UsageError, match=f"stochastic_depth={rate}: expected a rate from 0 to below 1"):
-        scales(range(4), stochastic_depth=rate)
-
-
-def test_a_branch_without_a_factor_is_left_alone():
-    branch = jnp.ones((2, 1, 1, 3), jnp.bfloat16)
-    assert layers.scale_branch(branch, None) is branch
-    scaled = layers.scale_branch(branch, jnp.array([0.0, 2.0]).reshape(2, 1, 1, 1))
-    assert scaled.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(scaled[:, 0, 0, 0].astype(jnp.float32), [0, 2])
 
 
 # Checks

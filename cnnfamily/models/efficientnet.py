@@ -5,6 +5,7 @@ Table 1, as the authors' code has it: https://github.com/tensorflow/tpu/tree/mas
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,9 @@ from cnnfamily.models.layers import (
     check_images,
     choose,
     dropout,
-    keep_scales,
     logits,
-    scale_branch,
 )
+from cnnfamily.models.stochastic_depth import branch_output, drops
 from cnnfamily.scaling import PUBLISHED, round_filters, round_repeats
 
 STAGES = (  # expansion, filters, repeats, stride, kernel
@@ -38,7 +38,7 @@ STAGES = (  # expansion, filters, repeats, stride, kernel
 
 
 class MBConv(nn.Module):
-    """Inverted residual: 1x1 expansion, depthwise convolution, squeeze-and-excitation, linear 1x1 projection."""
+    """1x1 expansion, depthwise convolution, squeeze-and-excitation, linear 1x1 projection; an inverted residual's branch."""
 
     conv: Callable
     norm: Callable
@@ -52,7 +52,7 @@ class MBConv(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x, keep):
+    def __call__(self, x):
         expanded = round_filters(x.shape[-1] * self.expansion)
         y = x
         if expanded != x.shape[-1]:
@@ -61,11 +61,7 @@ class MBConv(nn.Module):
         y = self.activation(self.norm(name="depthwise_norm")(y))
         if self.squeezed:
             y = SqueezeExcite(self.squeezed, self.activation, dtype=self.dtype, name="se")(y)
-        y = self.norm(scale_init=self.last_scale_init, name="project_norm")(self.conv(self.filters, 1, name="project")(y))
-        # By stride and channels, as in the paper; the shapes alone would add a shortcut where a 1x1 map is "halved" to 1x1.
-        if self.stride == 1 and x.shape[-1] == self.filters:
-            y = x + scale_branch(y, keep)
-        return y
+        return self.norm(scale_init=self.last_scale_init, name="project_norm")(self.conv(self.filters, 1, name="project")(y))
 
 
 class EfficientNet(nn.Module):
@@ -87,8 +83,10 @@ class EfficientNet(nn.Module):
     se_ratio: float = 0.25  # of the block's input filters; 0: without
     dropout: float = 0.2
     stochastic_depth: float = 0.2
-    stochastic_depth_form: str = "example"
+    stochastic_depth_form: str = "example"  # example, batch, subset or none: see stochastic_depth
     stochastic_depth_schedule: str = "i/N"
+    stochastic_depth_scaling: str = "train"  # "test": as in the paper
+    stochastic_depth_group: int = 16  # form "subset" computes a branch for some of so many examples
     zero_init_last: bool = False  # scale of each block's last norm starts at 0: the block starts as the identity
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-5
@@ -106,28 +104,33 @@ class EfficientNet(nn.Module):
         def conv(filters, kernel, stride=1, **fields):
             return Conv(filters, kernel, stride, padding=self.padding, dtype=self.dtype, **fields)
 
-        def norm(**fields):
-            statistics = (self.norm_momentum, self.norm_epsilon, self.norm_group, self.axis_name)
+        def norm(group=self.norm_group, **fields):
+            statistics = (self.norm_momentum, self.norm_epsilon, group, self.axis_name)
             return BatchNorm(train, *statistics, dtype=self.dtype, **fields)
 
         repeats = [round_repeats(stage[2], self.depth) for stage in self.stages]
-        keep = iter(keep_scales(self, sum(repeats), train, position))
+        drop = iter(drops(self, sum(repeats), train, position))
         x = activation(norm(name="stem_norm")(conv(round_filters(self.stem_filters, self.width), 3, 2, name="stem")(images)))
-        for i, (expansion, filters, _, stride, kernel) in enumerate(self.stages):
+        for i, (expansion, filters, _, stage_stride, kernel) in enumerate(self.stages):
+            filters = round_filters(filters, self.width)
             for j in range(repeats[i]):
-                x = MBConv(
+                stride, block_drop = stage_stride if j == 0 else 1, next(drop)
+                # By stride and channels, as in the paper; the shapes alone would add a shortcut where a 1x1 map is "halved".
+                residual = stride == 1 and x.shape[-1] == filters
+                block = MBConv(
                     conv,
-                    norm,
+                    partial(norm, group=block_drop.norm_group(self.norm_group)) if residual else norm,
                     activation,
                     expansion,
-                    filters=round_filters(filters, self.width),
-                    stride=stride if j == 0 else 1,
+                    filters=filters,
+                    stride=stride,
                     kernel=kernel,
                     squeezed=max(1, int(x.shape[-1] * self.se_ratio)) if self.se_ratio else 0,
                     last_scale_init=initializers.zeros if self.zero_init_last else initializers.ones,
                     dtype=self.dtype,
                     name=f"stage{i + 1}_block{j + 1}",
-                )(x, next(keep))
+                )
+                x = x + branch_output(block, x, block_drop, convolves=False) if residual else block(x)
             self.sow("intermediates", f"stage{i + 1}", x)
         x = activation(norm(name="head_norm")(conv(round_filters(self.head_filters, self.width), 1, name="head")(x)))
         self.sow("intermediates", "head_output", x)

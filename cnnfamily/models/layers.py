@@ -194,38 +194,3 @@ def dropout(x: jax.Array, rate: float, key: jax.Array, position: jax.Array) -> j
     """
     keep = rng.example_uniform(key, position, x.shape[1:]) < 1 - rate
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
-
-
-def drop_rates(rate: float, blocks: int, schedule: str) -> tuple[float, ...]:
-    """Probability that stochastic depth drops each of `blocks` residual branches.
-
-    "l/L": rate * l / L with l from 1, the last block at `rate` (Huang et al. 2016, https://arxiv.org/abs/1603.09382, eq. 4).
-    "i/N": rate * i / N with i from 0, the first block never dropped (the EfficientNet code).
-    """
-    first = {"l/L": 1, "i/N": 0}
-    return tuple(rate * (i + choose("stochastic-depth schedule", schedule, first)) / blocks for i in range(blocks))
-
-
-def keep_scales(network: nn.Module, blocks: int, train: bool, position: jax.Array) -> list[jax.Array | None]:
-    """For each residual block the factor `[batch, 1, 1, 1]` of its branch: 0 if dropped, else 1 / (1 - drop rate).
-
-    Reads the fields `stochastic_depth` (rate), `stochastic_depth_form` and `stochastic_depth_schedule` of `network`, and the
-    random stream of that name. Form "example": every example drops or keeps for itself. None stands for a branch that always
-    runs: outside training, and where the rate is 0.
-    """
-    form = choose("stochastic-depth form", network.stochastic_depth_form, ("example", "none"))
-    rates = drop_rates(network.stochastic_depth, blocks, network.stochastic_depth_schedule)
-    if not 0 <= network.stochastic_depth < 1:
-        raise UsageError(f"stochastic_depth={network.stochastic_depth}: expected a rate from 0 to below 1")
-    if not train or form == "none" or not any(rates):
-        return [None] * blocks
-    draws = rng.example_uniform(network.make_rng("stochastic_depth"), position, (blocks,))
-    return [
-        jnp.where(draws[:, i] < 1 - rate, 1 / (1 - rate), 0.0).reshape(-1, 1, 1, 1) if rate else None
-        for i, rate in enumerate(rates)
-    ]
-
-
-def scale_branch(branch: jax.Array, keep: jax.Array | None) -> jax.Array:
-    """A residual branch times its factor from `keep_scales`."""
-    return branch if keep is None else branch * keep.astype(branch.dtype)

@@ -5,6 +5,7 @@ section 4.2. ResNeXt: https://arxiv.org/abs/1611.05431. Wide: https://arxiv.org/
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,9 @@ from cnnfamily.models.layers import (
     SqueezeExcite,
     check_images,
     choose,
-    keep_scales,
     logits,
-    scale_branch,
 )
+from cnnfamily.models.stochastic_depth import Drop, branch_output, drops
 from cnnfamily.scaling import round_filters, round_repeats
 
 SHORTCUTS = ("A", "A_average", "B", "C", "none")
@@ -54,8 +54,8 @@ class Shortcut(nn.Module):
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, shape[-1] - x.shape[-1])))
 
 
-class Block(nn.Module):
-    """A residual block: two 3x3 convolutions ("basic"), or 1x1, 3x3, 1x1 ("bottleneck")."""
+class Branch(nn.Module):
+    """The residual function of a block: two 3x3 convolutions ("basic"), or 1x1, 3x3, 1x1 ("bottleneck")."""
 
     kind: str
     conv: Callable
@@ -66,13 +66,12 @@ class Block(nn.Module):
     stride_on: str
     groups: int
     group_width: int
-    shortcut: str
     squeezed: Callable
     last_scale_init: Callable
     dtype: str
 
     @nn.compact
-    def __call__(self, x, keep):
+    def __call__(self, x):
         if self.kind == "basic":
             y = self.activation(self.norm(name="norm1")(self.conv(self.filters, 3, self.stride, name="conv1")(x)))
             y = self.norm(scale_init=self.last_scale_init, name="norm2")(self.conv(self.filters, 3, name="conv2")(y))
@@ -85,9 +84,24 @@ class Block(nn.Module):
             y = self.norm(scale_init=self.last_scale_init, name="norm3")(self.conv(4 * self.filters, 1, name="conv3")(y))
         if self.squeezed(y.shape[-1]):
             y = SqueezeExcite(self.squeezed(y.shape[-1]), dtype=self.dtype, name="se")(y)
+        return y
+
+
+class Block(nn.Module):
+    """A branch and its shortcut, added, then the activation; `norm` serves the shortcut."""
+
+    branch: Callable
+    shortcut: str
+    conv: Callable
+    norm: Callable
+    activation: Callable
+    stride: int
+
+    @nn.compact
+    def __call__(self, x, drop: Drop):
+        y = branch_output(self.branch(name="branch"), x, drop, convolves=True)
         if self.shortcut != "none":
-            shortcut = Shortcut(self.shortcut, self.conv, self.norm, self.stride, name="shortcut")
-            y = shortcut(x, y.shape) + scale_branch(y, keep)
+            y = Shortcut(self.shortcut, self.conv, self.norm, self.stride, name="shortcut")(x, y.shape) + y
         return self.activation(y)
 
 
@@ -114,8 +128,10 @@ class ResNet(nn.Module):
     se_reduction: int = 0  # 16 in the SE paper; 0: without
     activation: str = "relu"
     stochastic_depth: float = 0.0
-    stochastic_depth_form: str = "example"
+    stochastic_depth_form: str = "example"  # example, batch, subset or none: see stochastic_depth
     stochastic_depth_schedule: str = "l/L"
+    stochastic_depth_scaling: str = "train"  # "test": as in the paper
+    stochastic_depth_group: int = 16  # form "subset" computes a branch for some of so many examples
     zero_init_last: bool = False  # scale of each block's last norm starts at 0: the block starts as the identity
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-5
@@ -137,15 +153,16 @@ class ResNet(nn.Module):
         def conv(filters, kernel, stride=1, **fields):
             return Conv(filters, kernel, stride, padding=self.padding, dtype=self.dtype, **fields)
 
-        def norm(**fields):
-            statistics = (self.norm_momentum, self.norm_epsilon, self.norm_group, self.axis_name)
+        def norm(group=self.norm_group, **fields):
+            statistics = (self.norm_momentum, self.norm_epsilon, group, self.axis_name)
             return BatchNorm(train, *statistics, dtype=self.dtype, **fields)
 
         def squeezed(filters):
             return max(1, filters // self.se_reduction) if self.se_reduction else 0
 
         repeats = [round_repeats(size, self.depth) for size in self.stage_sizes]
-        keep = iter(keep_scales(self, sum(repeats), train, position))
+        blocks = sum(repeats)  # of a plain network none is left out: it has no shortcuts
+        drop = iter(drops(self, blocks, train, position) if self.shortcut != "none" else [Drop()] * blocks)
         filters = round_filters(self.filters, self.width)
         x = conv(filters, 7, 2, name="stem")(images) if imagenet else conv(filters, 3, name="stem")(images)
         x = activation(norm(name="stem_norm")(x))
@@ -154,22 +171,24 @@ class ResNet(nn.Module):
             x = nn.max_pool(x, (3, 3), (2, 2), padding=edges)
         for i, count in enumerate(repeats):
             for j in range(count):
-                x = Block(
+                stride, block_drop = 2 if i > 0 and j == 0 else 1, next(drop)
+                branch = partial(
+                    Branch,
                     self.block,
                     conv,
-                    norm,
+                    partial(norm, group=block_drop.norm_group(self.norm_group)),
                     activation,
                     filters=round_filters(self.filters * 2**i, self.width),
-                    stride=2 if i > 0 and j == 0 else 1,
+                    stride=stride,
                     stride_on=self.stride_on,
                     groups=self.groups,
                     group_width=self.group_width,
-                    shortcut=self.shortcut,
                     squeezed=squeezed,
                     last_scale_init=initializers.zeros if self.zero_init_last else initializers.ones,
                     dtype=self.dtype,
-                    name=f"stage{i + 1}_block{j + 1}",
-                )(x, next(keep))
+                )
+                block = Block(branch, self.shortcut, conv, norm, activation, stride, name=f"stage{i + 1}_block{j + 1}")
+                x = block(x, block_drop)
             self.sow("intermediates", f"stage{i + 1}", x)
         x = x.mean(axis=(1, 2))
         return logits(Linear(self.num_classes, dtype=self.dtype, name="classifier")(x))
