@@ -11,6 +11,7 @@ import jax.numpy as jnp
 AUGMENT = 0
 STOCHASTIC_DEPTH = 1
 DROPOUT = 2
+MIX = 3
 
 
 def step_key(seed: int, step: jax.Array | int, purpose: int) -> jax.Array:

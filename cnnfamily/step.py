@@ -5,6 +5,7 @@ global batch), and `images` (uint8) and `labels` unless the whole split lies in 
 micro-batch is a contiguous part of it, so crops, masks and batch-norm groups are those of one device on any number of them.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -36,52 +37,76 @@ def create_state(variables: dict, optimizer: optax.GradientTransformation, *, em
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), averages)
 
 
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The loss of one micro-batch as a function of the parameters; all its randomness is that of (seed, state.step, position).
+
+    `view`: (keys `[examples]`, uint8 images) to what the network sees: augmentation and normalisation. `mix`: (key, position,
+    images, targets) to images and targets blended with a partner's, and what was chosen; None leaves them.
+    """
+
+    network: nn.Module
+    view: Callable[[jax.Array, jax.Array], jax.Array]
+    seed: int
+    mix: Callable | None = None
+    label_smoothing: float = 0.0
+
+    def __call__(self, params: Any, state: TrainState, micro: dict[str, jax.Array], store: dict[str, jax.Array]):
+        """The mean loss, and with it the new batch statistics, the top-1 share, and each random choice by name."""
+        augment_key = rng.step_key(self.seed, state.step, rng.AUGMENT)
+        images = self.view(rng.example_keys(augment_key, micro["position"]), _take(store, micro, "images"))
+        labels = _take(store, micro, "labels")
+        targets = losses.smooth(labels, self.network.num_classes, self.label_smoothing, _float_dtype(params))
+        choices = {"images": images, "labels": labels}
+        if self.mix:
+            mix_key = rng.step_key(self.seed, state.step, rng.MIX)
+            images, targets, choices["mix"] = self.mix(mix_key, micro["position"], images, targets)
+        logits, updates = self.network.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            images,
+            train=True,
+            position=micro["position"],
+            rngs={
+                "stochastic_depth": rng.step_key(self.seed, state.step, rng.STOCHASTIC_DEPTH),
+                "dropout": rng.step_key(self.seed, state.step, rng.DROPOUT),
+            },
+            mutable=["batch_stats", "choices"],
+        )
+        loss = losses.cross_entropy(logits, targets).mean()
+        top1 = losses.hits(logits, labels, 1).astype(jnp.float32).mean()
+        return loss, (updates.get("batch_stats", {}), top1, choices | updates.get("choices", {}))
+
+
 def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
     store: dict[str, jax.Array],
     *,
-    network: nn.Module,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
-    view: Callable[[jax.Array, jax.Array], jax.Array],
-    seed: int,
-    label_smoothing: float = 0.0,
     ema_decay: float = 0.0,
     ema_warmup: bool = False,
+    record: bool = False,
     axis_name: str = "data",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update, and its metrics `loss`, `top1` and `grad_norm`, means over the global batch.
 
-    Args:
-      view: (keys `[examples]`, uint8 images) to what the network sees: augmentation and normalisation.
-      ema_warmup: limits the decay to (1 + step) / (10 + step), as TensorFlow's averages do when given the step.
-    """
-    rngs = {
-        "stochastic_depth": rng.step_key(seed, state.step, rng.STOCHASTIC_DEPTH),
-        "dropout": rng.step_key(seed, state.step, rng.DROPOUT),
-    }
-    augment_key = rng.step_key(seed, state.step, rng.AUGMENT)
+    A step whose loss or gradient is not finite leaves the state as it was, so that `nonfinite.find` can look for the cause.
 
-    def loss_and_updates(params, micro):
-        images = view(rng.example_keys(augment_key, micro["position"]), _take(store, micro, "images"))
-        labels = _take(store, micro, "labels")
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updates = network.apply(
-            variables, images, train=True, position=micro["position"], rngs=rngs, mutable=["batch_stats"]
-        )
-        targets = losses.smooth(labels, logits.shape[1], label_smoothing, logits.dtype)
-        loss = losses.cross_entropy(logits, targets).mean()
-        top1 = losses.hits(logits, labels, 1).astype(jnp.float32).mean()
-        return loss, (updates.get("batch_stats", {}), top1)
+    Args:
+      ema_warmup: limits the decay to (1 + step) / (10 + step), as TensorFlow's averages do when given the step.
+      record: adds `choices` to the metrics, every random choice of the step: arrays `[global batch, ...]` in its order.
+    """
 
     def add_micro_batch(total, micro):
         # Every micro-batch starts from the same running statistics and their mean is kept: as if it were one batch in groups.
-        (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_and_updates, has_aux=True)(state.params, micro)
-        return jax.tree.map(jnp.add, total, (grads, batch_stats, loss, top1)), None
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        (loss, (batch_stats, top1, choices)), grads = gradient(state.params, state, micro, store)
+        return jax.tree.map(jnp.add, total, (grads, batch_stats, loss, top1)), choices if record else {}
 
     zero = jax.tree.map(jnp.zeros_like, (state.params, state.batch_stats))
-    zero = (*zero, jnp.zeros((), _loss_dtype(state)), jnp.zeros((), jnp.float32))
-    total, _ = _accumulate(add_micro_batch, zero, batch)
+    zero = (*zero, jnp.zeros((), _float_dtype(state.params)), jnp.zeros((), jnp.float32))
+    total, choices = _accumulate(add_micro_batch, zero, batch)
     # One reduction for everything that devices must agree on. Under check_vma=False gradients are still local here.
     total = lax.pmean(total, axis_name)
     grads, batch_stats, loss, top1 = jax.tree.map(lambda x: x / batch["position"].shape[0], total)
@@ -90,32 +115,45 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema_decay:
-        step = state.step.astype(_loss_dtype(state))
+        step = state.step.astype(_float_dtype(state.params))
         decay = jnp.minimum(ema_decay, (1 + step) / (10 + step)) if ema_warmup else jnp.asarray(ema_decay, step.dtype)
         new = {"params": params, "batch_stats": batch_stats}
         ema = jax.tree.map(lambda old, x: old + (1 - decay) * (x - old), ema, new)
     metrics = {"loss": loss, "top1": top1, "grad_norm": optax.tree.norm(grads)}
-    return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
+    finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+    after = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+    if record:
+        metrics["choices"] = _in_global_order({"index": batch["index"], **choices}, axis_name)
+    return after, metrics
 
 
-def _accumulate(add: Callable, carry: Any, batch: dict[str, jax.Array]) -> tuple[Any, None]:
+def _in_global_order(choices: Any, axis_name: str) -> Any:
+    """Arrays `[micro-batches, examples, ...]` of each device as `[global batch, ...]` on all."""
+    whole = lax.all_gather(choices, axis_name, axis=1, tiled=True)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), whole)
+
+
+def _accumulate(add: Callable, carry: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
     """`lax.scan(add, carry, batch)`; on CPU unrolled, because XLA does not optimise convolutions inside a loop there."""
-    if batch["position"].shape[0] == 1:
-        return add(carry, jax.tree.map(lambda x: x[0], batch))
 
     def unrolled(carry, batch):
+        outputs = []
         for i in range(batch["position"].shape[0]):
-            carry, _ = add(carry, jax.tree.map(lambda x, i=i: x[i], batch))
-        return carry, None
+            carry, output = add(carry, jax.tree.map(lambda x, i=i: x[i], batch))
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
     def scanned(carry, batch):
         return lax.scan(add, carry, batch)
 
+    if batch["position"].shape[0] == 1:
+        return unrolled(carry, batch)
     return lax.platform_dependent(carry, batch, cpu=unrolled, default=scanned)
 
 
-def _loss_dtype(state: TrainState) -> jnp.dtype:
-    return jnp.result_type(*jax.tree.leaves(state.params))
+def _float_dtype(params: Any) -> jnp.dtype:
+    return jnp.result_type(*jax.tree.leaves(params))
 
 
 def _take(store: dict[str, jax.Array], batch: dict[str, jax.Array], name: str) -> jax.Array:

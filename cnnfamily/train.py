@@ -7,19 +7,20 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from cnnfamily import checkpoint, errors, memory, optim, parallel, runlog
+from cnnfamily import checkpoint, errors, memory, nonfinite, optim, parallel, runlog
 from cnnfamily import config as configs
 from cnnfamily.data import feed
 from cnnfamily.evaluate import evaluate_state, fresh_state, make_evaluator
 from cnnfamily.interrupt import StopRequest
 from cnnfamily.progress import Clock, Report
-from cnnfamily.step import largest_magnitude, train_step
+from cnnfamily.step import Objective, largest_magnitude, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +66,11 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
     )
     network, optimizer, state = fresh_state(config, schedule)
     state = parallel.replicate(state, mesh)
+    objective = Objective(
+        network.clone(axis_name=parallel.AXIS), train.view, config.seed, train.mix, label_smoothing=config.label_smoothing
+    )
     step_function = functools.partial(
-        train_step,
-        network=network.clone(axis_name=parallel.AXIS),
-        optimizer=optimizer,
-        view=train.view,
-        seed=config.seed,
-        label_smoothing=config.label_smoothing,
-        ema_decay=config.ema.decay,
-        ema_warmup=config.ema.warmup,
+        train_step, objective=objective, optimizer=optimizer, ema_decay=config.ema.decay, ema_warmup=config.ema.warmup
     )
     report.say(f"{config.model.name} on {data.name}, {mesh.size} {jax.devices()[0].device_kind}: {workdir}")
     with report.busy("compiling"):
@@ -107,7 +104,9 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             values = {name: float(value) for name, value in jax.device_get(measured).items()}
             clock.count_step()
             epoch = step / train.steps_per_epoch
-            check_finite(values, ("loss", "grad_norm"), step, checkpoints.newest)
+            # Where the two are not finite the step has left the state as it was before.
+            why = functools.partial(nonfinite.cause_of, state, batch, train.store, objective=objective, mesh=mesh)
+            check_finite(values, ("loss", "grad_norm"), step, checkpoints.newest, why)
             pending.append(values)
             report.update(step, epoch, values["loss"], values["top1"], clock.images_per_second)
 
@@ -119,7 +118,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 pending = []
             if evaluates:
                 metrics = evaluate_state(evaluator, state)
-                check_finite(metrics, ("test_loss", "ema_test_loss"), step, checkpoints.newest)
+                check_finite(metrics, ("test_loss", "ema_test_loss"), step, checkpoints.newest, why)
                 log.write(step, epoch, metrics)
                 report.say(describe(step, epoch, line, metrics, timing["images_per_second"]))
                 checkpoints.save(state, pending, rank=metrics.get("ema_test_top1", metrics["test_top1"]))
@@ -128,7 +127,8 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
             if (due or stop.signum) and not evaluates:
                 # The loss of the next step would tell; but the state is saved before there is one.
-                check_finite({"a parameter": largest_magnitude(state.params)}, ("a parameter",), step, checkpoints.newest)
+                largest = {"a parameter": float(largest_magnitude(state.params))}
+                check_finite(largest, tuple(largest), step, checkpoints.newest, why)
                 checkpoints.save(state, pending, rank=math.nan)
             if stop.signum and step < total_steps:
                 raise errors.Stopped(f"stopped and saved at step {step}; the same command goes on from there", stop.signum)
@@ -136,13 +136,16 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
     return Result(workdir, total_steps, metrics)
 
 
-def check_finite(values: dict[str, float], names: tuple[str, ...], step: int, saved: int | None) -> None:
+def check_finite(
+    values: dict[str, float], names: tuple[str, ...], step: int, saved: int | None, cause: Callable[[], str]
+) -> None:
     """Raises `NonFiniteLoss` if one of the values is not finite: before such a state can be saved or called the best."""
     for name in names:
         if not math.isfinite(values.get(name, 0.0)):
+            first = cause()
             raise errors.NonFiniteLoss(
-                f"{name} is {values[name]} at step {step}; the last checkpoint is from step {saved or 0}; "
-                f"try a lower optim.learning_rate or optim.clip_norm=1.0"
+                f"{name} is {values[name]} at step {step}{first and f', first in {first}'}; "
+                f"the last checkpoint is from step {saved or 0}; try a lower optim.learning_rate or optim.clip_norm=1.0"
             )
 
 

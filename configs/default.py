@@ -42,6 +42,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.augment.crop_padding = 0  # pixels of black on each side before a random crop back to size
     config.augment.shift = 0  # pixels of random shift, filled with the image's edge
     config.augment.flip = False  # left and right, with probability 1/2
+    config.augment.mixup = 0.0  # alpha of mixup, 0.2 for example; with cutmix as well, a coin for each image decides
+    config.augment.cutmix = 0.0  # alpha of cutmix, 1.0 for example
+    config.augment.mix_group = 16  # partners are found among so many neighbours in the batch
 
     config.optim = ConfigDict()
     config.optim.name = "sgd"  # sgd, rmsprop or adamw
@@ -104,7 +107,7 @@ def digits(config: ConfigDict, *, epochs: float) -> None:
             "label_smoothing": 0.1,
             "model": {"num_classes": 10},
             "data": {"source": "digits", "resolution": 32, "fit": "resize", "mean": (), "std": ()},
-            "augment": {"crop_padding": 0, "shift": 3, "flip": False},
+            "augment": {"crop_padding": 0, "shift": 3, "flip": False, "mixup": 0.0, "cutmix": 0.0},
             "optim": {
                 "name": "adamw",
                 "learning_rate": 2e-3,

@@ -1,10 +1,10 @@
-"""The whole suite: four virtual CPU devices, strict dtype promotion, one compilation cache for the run and its processes."""
+"""The whole suite: eight virtual CPU devices, strict dtype promotion, one compilation cache for the run and its processes."""
 
 import os
 import tempfile
 
 _CACHE = tempfile.TemporaryDirectory(prefix="cnnfamily_tests_")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnfamily.data.augment import augment, normalize, random_crop, random_flip, random_shift
+from cnnfamily.data.augment import augment, mix, normalize, random_crop, random_flip, random_shift
 from cnnfamily.errors import UsageError
 
 compiled_augment = jax.jit(augment, static_argnames=("crop_padding", "shift", "flip"))
@@ -113,3 +113,81 @@ def test_negative_sizes_are_refused():
     keys = jax.random.split(jax.random.key(0), 2)
     with pytest.raises(UsageError, match=r"crop_padding=-1 and augment\.shift=0; expected 0"):
         augment(keys, random_images(2), crop_padding=-1)
+
+
+# Mixing
+
+
+def mixed(size=32, start=0, group=4, seed=0, **alphas):
+    """The arguments and the result of `mix` for `size` examples from position `start` on, out of 64."""
+    images = np.random.default_rng(1).normal(size=(64, 5, 6, 3)).astype(np.float32)[start : start + size]
+    targets = np.random.default_rng(2).dirichlet(np.ones(4), 64).astype(np.float32)[start : start + size]
+    position = jnp.arange(start, start + size)
+    alphas = {"mixup": 0.0, "cutmix": 0.0} | alphas
+    return (
+        images,
+        targets,
+        *jax.tree.map(
+            np.asarray, mix(jax.random.key(seed), position, jnp.asarray(images), jnp.asarray(targets), group=group, **alphas)
+        ),
+    )
+
+
+@pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}])
+def test_partners_are_a_shift_inside_each_group(alphas):
+    partner = mixed(64, **alphas)[4]["partner"].reshape(-1, 4)
+    shift = (partner - np.arange(64).reshape(-1, 4)) % 4
+    assert (shift == shift[:, :1]).all()
+    assert set(shift[:, 0]) == {1, 2, 3}
+    assert (partner // 4 == np.arange(16)[:, None]).all()
+
+
+def test_mixup_by_hand():
+    images, targets, blended, weighted, chosen = mixed(mixup=0.4)
+    share, partner = chosen["share"], chosen["partner"]
+    by_image, by_target = share[:, None, None, None], share[:, None]
+    np.testing.assert_allclose(blended, by_image * images + (1 - by_image) * images[partner], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(weighted, by_target * targets + (1 - by_target) * targets[partner], rtol=1e-5)
+    assert (chosen["box"] == 0).all()
+    assert len(np.unique(share)) == 32
+
+
+def test_cutmix_by_hand():
+    images, targets, blended, weighted, chosen = mixed(cutmix=1.0)
+    areas = []
+    for i, (top, bottom, left, right) in enumerate(chosen["box"]):
+        expected = images[i].copy()
+        expected[top:bottom, left:right] = images[chosen["partner"][i], top:bottom, left:right]
+        np.testing.assert_array_equal(blended[i], expected)
+        own = 1 - (bottom - top) * (right - left) / 30
+        np.testing.assert_allclose(weighted[i], own * targets[i] + (1 - own) * targets[chosen["partner"][i]], rtol=1e-5)
+        areas.append((bottom - top) * (right - left))
+    assert len(set(areas)) > 4
+    assert max(areas) <= 30
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+def test_shares_follow_their_distribution(alpha):
+    share = np.concatenate([mixed(64, mixup=alpha, seed=seed)[4]["share"] for seed in range(8)])
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert abs(share.mean() - 0.5) < 5 * (variance / len(share)) ** 0.5
+    assert share.var() == pytest.approx(variance, rel=0.25)
+
+
+def test_both_are_a_coin_for_each_image():
+    box = np.concatenate([mixed(64, mixup=0.4, cutmix=1.0, seed=seed)[4]["box"] for seed in range(8)])
+    cut = (box != 0).any(axis=1).mean()  # a few boxes are empty
+    assert 0.3 < cut < 0.6
+
+
+@pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
+def test_mixing_belongs_to_positions(alphas):
+    whole, part = mixed(64, **alphas), mixed(8, start=40, **alphas)
+    for a, b in zip(jax.tree.leaves(whole[2:]), jax.tree.leaves(part[2:]), strict=True):
+        np.testing.assert_array_equal(a[40:48], b)
+
+
+@pytest.mark.parametrize("group", [1, 5])
+def test_mixing_groups_must_divide_the_examples(group):
+    with pytest.raises(UsageError, match=f"augment.mix_group={group} does not divide the 32 examples"):
+        mixed(mixup=0.4, group=group)

@@ -234,8 +234,23 @@ def test_squeeze_excite():
     np.testing.assert_allclose(blocked, -x / (1 + np.exp([0.0, -0.5])), rtol=1e-6)
 
 
+class Dropouts(nn.Module):
+    """Two layers with dropout in a row."""
+
+    rate: float
+
+    def __call__(self, x, position):
+        once = dropout(self, x, self.rate, position)
+        return once, dropout(self, x, self.rate, position)
+
+
 def masks(position, rate=0.3, shape=(40, 50)):
-    return np.asarray(dropout(jnp.ones((len(position), *shape)), rate, jax.random.key(1), jnp.asarray(position)))
+    rngs = {"dropout": jax.random.key(1)}
+    x = jnp.ones((len(position), *shape))
+    (found, other), recorded = Dropouts(rate).apply({}, x, jnp.asarray(position), rngs=rngs, mutable=["choices"])
+    assert (found != other).any(), "each layer draws for itself"
+    np.testing.assert_array_equal(found > 0, recorded["choices"]["dropout"][0])
+    return np.asarray(found)
 
 
 def test_dropout_rate_and_scale():

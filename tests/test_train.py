@@ -295,7 +295,7 @@ def test_a_loss_that_is_not_finite_is_status_3_and_keeps_the_checkpoints(jump, t
     status, line = run_command(monkeypatch, capsys, f"--config={LENET}", *arguments, f"--workdir={tmp_path / 'run'}")
     assert (status, line.count("\n")) == (3, 1)
     noticed, saved = {30: (32, 30), 43: (44, 40), 49: (50, 44)}[jump]
-    assert f"at step {noticed};" in line
+    assert f"at step {noticed}, first in parameter " in line
     assert f"the last checkpoint is from step {saved}" in line
     state = final_state(tmp_path / "run")
     assert state.step == saved

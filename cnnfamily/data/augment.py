@@ -13,10 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from cnnfamily.errors import UsageError
+from cnnfamily.rng import example_keys
 
 # What each sub-key is for. The numbers are part of a run's meaning: switching one augmentation on must not change the
 # random choices of another, so a new one takes a new number.
 CROP, SHIFT, FLIP = 0, 1, 2
+# Likewise of `mix`.
+PARTNER, KIND, SHARE, PLACE = 0, 1, 2, 3
 
 
 def random_crop(key, image, padding: int):
@@ -70,3 +73,58 @@ def normalize(image, mean, std):
     """Pixels 0..255 of any dtype, [..., channels], to float32 (image / 255 - mean) / std; `mean`, `std` [channels]."""
     mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
     return (image.astype(jnp.float32) / 255 - mean) / std
+
+
+def mix(key, position, images, targets, *, mixup: float, cutmix: float, group: int):
+    """Blends each image and its targets with those of a partner: mixup, cutmix, or one of them by a coin if both are on.
+
+    mixup (Zhang et al. 2018, https://arxiv.org/abs/1710.09412): share * image + (1 - share) * partner. cutmix (Yun et al. 2019,
+    https://arxiv.org/abs/1905.04899): a box of the partner's pixels, 1 - share of the area, centred anywhere; cut by an edge,
+    the share is that of the pixels. The share is drawn from Beta(alpha, alpha) for each example, not once a batch, and the
+    partner lies in the same `group` of consecutive examples of the global batch (one shift a group, so nobody is his own
+    partner and everybody is one once): neither depends on devices or micro-batches.
+
+    Args:
+      key: of the step; position: [batch], places in the global batch, a multiple of `group` in number and at the start.
+      images: [batch, height, width, channels] float; targets: [batch, classes].
+      mixup, cutmix: the alphas; 0 is off.
+
+    Returns:
+      images, targets, and what was chosen: `partner` (its position), `share`, `box` [batch, 4] (top, bottom, left, right).
+
+    Raises:
+      UsageError: the group does not divide the batch.
+    """
+    size, height, width, _ = images.shape
+    if group < 2 or size % group:
+        raise UsageError(
+            f"augment.mix_group={group} does not divide the {size} examples that a device has in a micro-batch: "
+            f"expected a divisor of {size}, 2 or more"
+        )
+    groups = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, PARTNER), position[::group] // group)
+    shift = jax.vmap(lambda k: jax.random.randint(k, (), 1, group, position.dtype))(groups)
+    row = jnp.arange(size, dtype=position.dtype)
+    partner = row // group * group + (row + jnp.repeat(shift, group)) % group
+    cuts, share, box = jax.vmap(lambda k: _blend(k, mixup, cutmix, height, width))(example_keys(key, position))
+    rows, columns = jnp.arange(height)[None, :, None], jnp.arange(width)[None, None]
+    top, bottom, left, right = (edge[:, None, None] for edge in box.T)
+    pasted = ((rows >= top) & (rows < bottom) & (columns >= left) & (columns < right))[..., None]
+    own = jnp.where(cuts[:, None, None, None], 1 - pasted.astype(images.dtype), share.astype(images.dtype)[:, None, None, None])
+    weight = share.astype(targets.dtype)[:, None]
+    images = own * images + (1 - own) * images[partner]
+    targets = weight * targets + (1 - weight) * targets[partner]
+    return images, targets, {"partner": position[partner], "share": share, "box": box}
+
+
+def _blend(key, mixup: float, cutmix: float, height: int, width: int):
+    """For one example: whether it is cut, its share, and its box (empty in mixup)."""
+    cuts = jax.random.bernoulli(jax.random.fold_in(key, KIND)) if mixup and cutmix else jnp.asarray(bool(cutmix))
+    alpha = jnp.where(cuts, jnp.float32(cutmix or 1.0), jnp.float32(mixup or 1.0))
+    share = jax.random.beta(jax.random.fold_in(key, SHARE), alpha, alpha, dtype=jnp.float32)
+    sides = jnp.asarray([height, width])
+    centre = jax.random.randint(jax.random.fold_in(key, PLACE), (2,), 0, sides)
+    half = (jnp.sqrt(1 - share) * sides.astype(jnp.float32) / 2).astype(sides.dtype)
+    low, high = jnp.clip(centre - half, 0, sides), jnp.clip(centre + half, 0, sides)
+    box = jnp.where(cuts, jnp.stack([low, high], 1).reshape(-1), 0)
+    area = jnp.prod(high - low).astype(jnp.float32) / (height * width)
+    return cuts, jnp.where(cuts, 1 - area, share), box

@@ -12,6 +12,8 @@ from cnnfamily import parallel
 from cnnfamily.data import augment, batches, sources
 from cnnfamily.errors import UsageError
 
+_MIX_KEYS = ("mixup", "cutmix", "mix_group")
+
 
 def load_data(config: ConfigDict) -> sources.Dataset:
     """The data set that `config.data` names, fitted to what `config.model` takes.
@@ -36,7 +38,7 @@ class TrainFeed:
     """The training batches of a data set on the devices of a mesh.
 
     A split that fits `data.device_megabytes` is kept whole on each device as uint8 (`store`), and a batch is then indices
-    alone; of a larger one, images and labels travel with each batch.
+    alone; of a larger one, images and labels travel with each batch. `view` and `mix` are what `step.Objective` takes.
     """
 
     def __init__(self, data: sources.Dataset, config: ConfigDict, mesh: Mesh):
@@ -50,7 +52,10 @@ class TrainFeed:
             )
         self.steps_per_epoch = batches.steps_per_epoch(len(self.split.labels), self.batch_size)
         self.store = _store(self.split, config, mesh)
-        self.view = functools.partial(train_view, config=config.augment, mean=data.mean, std=data.std)
+        changes = {name: value for name, value in config.augment.items() if name not in _MIX_KEYS}
+        self.view = functools.partial(train_view, config=changes, mean=data.mean, std=data.std)
+        mixing = dict(zip(("mixup", "cutmix", "group"), (config.augment[name] for name in _MIX_KEYS), strict=True))
+        self.mix = functools.partial(augment.mix, **mixing) if mixing["mixup"] or mixing["cutmix"] else None
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """The batch of a step, `[micro-batches, examples, ...]`, a pure function of (seed, step)."""
@@ -88,7 +93,7 @@ def _store(split: sources.Split, config: ConfigDict, mesh: Mesh) -> dict[str, ja
 
 
 def train_view(
-    keys: jax.Array, images: jax.Array, *, config: ConfigDict, mean: tuple[float, ...], std: tuple[float, ...]
+    keys: jax.Array, images: jax.Array, *, config: dict, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> jax.Array:
     """What the network sees of uint8 images `[batch, height, width, channels]` in training: augmented, then normalised."""
     return augment.normalize(augment.augment(keys, images, **config), mean, std)

@@ -136,7 +136,7 @@ class EfficientNet(nn.Module):
         self.sow("intermediates", "head_output", x)
         x = x.mean(axis=(1, 2))
         if train and self.dropout:
-            x = dropout(x, self.dropout, self.make_rng("dropout"), position)
+            x = dropout(self, x, self.dropout, position)
         return logits(Linear(self.num_classes, dtype=self.dtype, name="classifier")(x))
 
 

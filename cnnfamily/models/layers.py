@@ -187,10 +187,12 @@ class SqueezeExcite(nn.Module):
         return x * self.gate(Conv(x.shape[-1], 1, bias=True, dtype=self.dtype, name="expand")(hidden))
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array, position: jax.Array) -> jax.Array:
-    """Zeroes each unit of `[batch, ...]` with probability `rate` and scales the others by 1 / (1 - rate).
+def dropout(network: nn.Module, x: jax.Array, rate: float, position: jax.Array) -> jax.Array:
+    """Zeroes each unit of `[batch, ...]` with probability `rate` and scales the others by 1 / (1 - rate), in training.
 
-    The mask of an example depends on its `position` `[batch]` in the global batch alone (Srivastava et al. 2014).
+    The mask of an example depends on its `position` `[batch]` in the global batch alone (Srivastava et al. 2014) and on the
+    stream `dropout` of `network`, whose next layer with dropout draws another.
     """
-    keep = rng.example_uniform(key, position, x.shape[1:]) < 1 - rate
+    keep = rng.example_uniform(network.make_rng("dropout"), position, x.shape[1:]) < 1 - rate
+    network.sow("choices", "dropout", keep)
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
