@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 from conftest import mesh_of
+from jax import export
 
 from cnnfamily import config as configs
-from cnnfamily import parallel
+from cnnfamily import optim, parallel
 from cnnfamily.data import augment, feed
 from cnnfamily.models import build, create_model, initialize
 from cnnfamily.step import Objective, create_state, train_step
@@ -221,3 +222,28 @@ def test_store_and_sent_images_give_the_same_update(x64):
     one, _ = update(state, sent, {})
     two, _ = update(state, kept, store)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
+
+
+@pytest.mark.parametrize("form", ["example", "batch", "subset"])
+def test_the_step_of_efficientnet_b0_lowers_for_gpu_and_tpu(form):
+    """With averages and two micro-batches on eight devices: what cannot run here is at least known to compile to StableHLO."""
+    config = configs.load_config("configs/efficientnet_b0.py", {"model.stochastic_depth_form": form})
+    if form != "example":  # the whole network once is enough
+        config.model.stages = config.model.stages[:2]
+    network = build(config.model)
+    optimizer = optim.make_optimizer(config.optim, lambda step: 0.1)
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), images)
+    state = jax.eval_shape(functools.partial(create_state, optimizer=optimizer, ema=True), variables)
+    normal = functools.partial(feed.train_view, config={"flip": True}, mean=(0.5,) * 3, std=(0.2,) * 3)
+    mix = functools.partial(augment.mix, mixup=0.2, cutmix=1.0, group=16)
+    objective = Objective(network.clone(axis_name="data"), normal, 0, mix, label_smoothing=0.1)
+    step = functools.partial(train_step, objective=objective, optimizer=optimizer, ema_decay=0.9999, ema_warmup=True)
+    update = parallel.map_over_devices(step, mesh_of(8), batch_axis=1, outputs=2, donate=True)
+    whole = {name: jax.ShapeDtypeStruct((2, 128), jnp.int32) for name in ("labels", "position", "index")}
+    batch = {"images": jax.ShapeDtypeStruct((2, 128, 224, 224, 3), jnp.uint8), **whole}
+    exported = export.export(update, platforms=("cuda", "tpu"))(state, batch, {})
+    assert (exported.platforms, exported.nr_devices) == (("cuda", "tpu"), 8)
+    text = exported.mlir_module()
+    assert "feature_group_count = 96" in text, "a depthwise convolution is one there, not its form for a CPU"
+    assert len(exported.out_avals) == len(jax.tree.leaves(state)) + 3
