@@ -30,7 +30,10 @@ def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> Config
       UsageError: no such file, argument, key or network (the nearest is suggested), or a value of another type.
     """
     name, _, argument = path.partition(":")
-    file = next((found for found in (Path(name), REPOSITORY / name) if found.is_file()), None)
+    try:
+        file = next((found for found in (Path(name), REPOSITORY / name) if found.is_file()), None)
+    except (OSError, ValueError):  # too long for a name, or not one at all
+        file = None
     if file is None:
         raise unknown("config file", name, _known_configs())
     config = _get_config(file.resolve(), argument)
