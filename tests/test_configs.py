@@ -94,6 +94,7 @@ def test_cifar_resnets_have_the_settings_of_their_paper(layers):
 def test_stochastic_depth_has_the_settings_of_its_code():
     config = configs.load_config("configs/resnet110_stochastic_depth.py")
     assert (config.model.stochastic_depth, config.model.stochastic_depth_schedule) == (0.5, "l/L")
+    assert (config.model.stochastic_depth_form, config.model.stochastic_depth_scaling) == ("batch", "test")
     assert (config.total_epochs, config.optim.boundaries_epochs, config.optim.nesterov) == (500.0, (250.0, 375.0), True)
 
 
