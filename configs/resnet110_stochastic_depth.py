@@ -4,10 +4,10 @@
     python -m cnnfamily.train --config=configs/resnet110_stochastic_depth.py:digits   # the embedded digits
     python -m cnnfamily.train --config=configs/resnet110_stochastic_depth.py:smoke    # a shrunken network, seconds
 
-The paper: 94.75 % with stochastic depth, 93.59 % without (config.model.stochastic_depth=0.0). As there, a block is dropped for the
-whole batch and scaled at test, and on GPU and TPU a dropped block costs no time. Other forms are
-config.model.stochastic_depth_form=example and =subset, which saves time on a CPU too. The paper keeps 5,000 images for
-validation to pick the epoch, so that it trains on 45,000; these train on all.
+The paper: 94.75 % with stochastic depth, 93.59 % without (config.model.stochastic_depth=0.0). As there, a block is dropped for
+the whole batch and scaled at test; on GPU and TPU a dropped block costs no time. The other forms are "example" and "subset"
+(config.model.stochastic_depth_form), the second of which saves time on a CPU too. The paper keeps 5,000 images for validation
+to pick the epoch, so that it trains on 45,000; these train on all.
 """
 
 from ml_collections import ConfigDict

@@ -40,15 +40,6 @@ def kill_at(mark: str) -> None:
                 yield
 
         train.Report.busy = busy
-    elif kind == "step":
-        original = train.Report.update
-
-        def update(self, step, *figures):
-            original(self, step, *figures)
-            if step == first:
-                die()
-
-        train.Report.update = update
     elif kind in ("save", "saved"):
         original = checkpoint.Checkpoints.save
 
@@ -71,8 +62,18 @@ def kill_at(mark: str) -> None:
             original(self, step, *arguments)
 
         runlog.RunLog.write = write
-    elif kind != "never":
+    elif kind not in ("never", "step"):
         raise ValueError(f"unknown mark {mark}")
+    original_update = train.Report.update
+
+    def update(self, step, *figures):
+        original_update(self, step, *figures)
+        with open(os.environ["KILLED_STEPS"], "a") as file:
+            file.write(f"{step}\n")
+        if mark == f"step:{step}":
+            die()
+
+    train.Report.update = update
 
 
 if __name__ == "__main__":
