@@ -48,17 +48,12 @@ ARGUMENTS = ["--config=configs/efficientnet_b0.py:digits", *(f"--config.{key}={v
 DEVICES = "--xla_force_host_platform_device_count=2"
 
 
-def start(workdir: Path, *command: str, cache: Path) -> subprocess.Popen:
+def start(workdir: Path, *command: str) -> subprocess.Popen:
     """The training command (or another with its arguments) on two devices, in `workdir`."""
-    environment = os.environ | {
-        "XLA_FLAGS": DEVICES,
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    }
     command = command or (sys.executable, "-m", "cnnfamily.train")
     return subprocess.Popen(
         [*command, *ARGUMENTS, f"--workdir={workdir}"],
-        env=environment,
+        env=os.environ | {"XLA_FLAGS": DEVICES},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -97,7 +92,7 @@ def soak(kills: int, seed: int, folder: Path) -> dict:
     began = time.monotonic()
     for name in ("cold", "reference"):  # the first fills the cache of compiled programs
         before = time.monotonic()
-        assert start(folder / name, cache=folder / "cache").wait() == 0
+        assert start(folder / name).wait() == 0
     whole = time.monotonic() - before
     reference, size = outcome(folder / "reference")
     assert not differences(reference, outcome(folder / "cold")[0]), "two runs that were never killed differ"
@@ -106,7 +101,7 @@ def soak(kills: int, seed: int, folder: Path) -> dict:
         workdir, damaged = folder / f"run{counts['runs']}", 0
         counts["runs"] += 1
         while True:
-            process = start(workdir, cache=folder / "cache")
+            process = start(workdir)
             try:
                 _, errors = process.communicate(timeout=rng.uniform(0, whole) if counts["kills"] < kills else None)
             except subprocess.TimeoutExpired:
@@ -152,6 +147,8 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{temporary}/cache"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
         summary = soak(options.kills, options.seed, Path(temporary))
     print(json.dumps(summary, indent=1))
     if options.output:

@@ -24,13 +24,13 @@ MARKS = [
 ]
 
 
-def test_killed_at_awkward_moments(tmp_path, cache, monkeypatch):
-    reference = soak.start(tmp_path / "reference", cache=cache)
+def test_killed_at_awkward_moments(tmp_path, monkeypatch):
+    reference = soak.start(tmp_path / "reference")
     workdir, previous = tmp_path / "run", 0
     for i, (mark, expected) in enumerate(MARKS):
         taken = tmp_path / f"steps{i}"
         monkeypatch.setenv("KILLED_STEPS", str(taken))
-        process = soak.start(workdir, sys.executable, str(KILLED), mark, cache=cache)
+        process = soak.start(workdir, sys.executable, str(KILLED), mark)
         _, errors = process.communicate(timeout=300)
         assert process.returncode == (0 if mark == "never" else -signal.SIGKILL), (mark, errors)
         if mark not in ("start", "compile"):  # it went on from the last checkpoint, to its mark
