@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -66,9 +67,11 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every step of every save, and an error at length
+        for name in ("absl", "asyncio"):  # Orbax tells every step of every save, and each of them an error at length
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._directory = directory.resolve()
         self._saving = None
+        self._unraisable = sys.unraisablehook
         _in_first_process(lambda: _put_damaged_aside(directory))
         # Orbax by itself, with best_fn and max_to_keep, deletes the newest when it is not among the best.
         policy = preservation_policy.AnyPreservationPolicy(
@@ -85,11 +88,18 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
+        sys.unraisablehook = self._without_closed_loops
         return self
+
+    def _without_closed_loops(self, unraisable) -> None:
+        """After a write that failed each of the others that were under way would print a traceback."""
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            self._unraisable(unraisable)
 
     def __exit__(self, kind, error, trace) -> None:
         try:
             self._wait()
+            sys.unraisablehook = self._unraisable  # left as it is after an error: they come late
         except disk.DiskError:
             if not isinstance(error, disk.DiskError):  # the first one tells more
                 raise

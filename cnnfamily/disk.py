@@ -40,12 +40,18 @@ def reason(error: Exception) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that it is either the old one or the new one, whatever happens."""
+    with replacing(path) as partial, partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of `path`."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         os.replace(partial, path)
     except OSError:
         with contextlib.suppress(OSError):

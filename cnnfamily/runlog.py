@@ -288,6 +288,5 @@ def draw_curves(workdir: Path) -> None:
         if axes.lines:
             axes.legend(fontsize="small")
     figure.suptitle(workdir.resolve().name, fontsize="medium")
-    with disk.writing(workdir / "curves.png"):
-        figure.savefig(workdir / "curves.png.partial", dpi=110, format="png")
-        os.replace(workdir / "curves.png.partial", workdir / "curves.png")
+    with disk.writing(workdir / "curves.png"), disk.replacing(workdir / "curves.png") as partial:
+        figure.savefig(partial, dpi=110, format="png")
