@@ -39,20 +39,29 @@ class _SealedFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
     @classmethod
     def from_final(cls, final_path, *, checkpoint_metadata_store=None, **options):
-        return super().from_final(final_path, **options)  # with the store it would write a time after the digests
+        folder = super().from_final(final_path, **options)  # with the store it would write a time after the digests
+        folder._store = checkpoint_metadata_store
+        return folder
 
     async def create(self):
+        if self._is_step():
+            os.stat(self.get().parent)  # Orbax would make a run directory that vanished anew
         path = await super().create()
         self._created = os.stat(path)
         return path
 
     async def finalize(self):
-        if self.get_final().name.isdecimal():  # the parts of a step come by here too
+        if self._is_step():
+            if self._store:
+                self._store.wait_until_finished()  # it has a thread of its own
             # TensorStore makes folders that it misses: of a run directory that vanished it would leave a part.
             if not os.path.samestat(self._created, os.stat(self.get())):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             disk.seal(Path(self.get()))
         await super().finalize()
+
+    def _is_step(self) -> bool:
+        return self.get_final().name.isdecimal()  # its parts are folders of this class too
 
 
 class Checkpoints:
@@ -82,10 +91,14 @@ class Checkpoints:
             best_fn=_rank,
             best_mode="max",
             temporary_path_class=_SealedFolder,
+            # If made in the background, a folder that cannot be made keeps the process waiting for it at its end.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             cleanup_tmp_directories=True,  # what a killed save left
         )
         with disk.writing(directory, Exception):
             self._manager = ocp.CheckpointManager(self._directory, options=options)
+            os.listdir(self._directory)  # Orbax takes a file for a folder until it saves
+            self._opened = os.stat(self._directory)
 
     def __enter__(self) -> "Checkpoints":
         sys.unraisablehook = self._without_closed_loops
@@ -105,10 +118,36 @@ class Checkpoints:
                 raise
         finally:
             self._manager.close()
+            self._remove_traces()
+
+    def _remove_traces(self) -> None:
+        """Of a save into a run directory that was moved away meanwhile: moved back, it would end up inside."""
+        if self._vanished():
+            with contextlib.suppress(OSError):
+                for part in self._directory.glob("*.orbax-checkpoint-tmp"):
+                    shutil.rmtree(part)
+                self._directory.rmdir()
+                self._directory.parent.rmdir()
+
+    def _vanished(self) -> bool:
+        try:
+            return not os.path.samestat(self._opened, os.stat(self._directory))
+        except OSError:
+            return True
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with disk.writing(f"checkpoint {self._saving} in {self._directory}", Exception):
+                yield
+        except disk.DiskError as error:
+            if self._vanished():  # what Orbax makes of that depends on where it was
+                raise disk.DiskError(f"checkpoint {self._saving} cannot be written: {self._directory} has vanished") from error
+            raise
 
     def _wait(self) -> None:
         """Until the save under way has ended; it is here that its error comes up."""
-        with disk.writing(f"checkpoint {self._saving} in {self._directory}", Exception):
+        with self._writing():
             self._manager.wait_until_finished()
 
     @property
@@ -129,8 +168,7 @@ class Checkpoints:
         self._wait()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), pending=ocp.args.JsonSave(pending))
         self._saving = step
-        with disk.writing(f"checkpoint {step} in {self._directory}", Exception):
-            os.stat(self._directory)  # Orbax would make it anew
+        with self._writing():
             saved = self._manager.save(step, args=items, metrics={"rank": rank})
         assert saved, f"Orbax refuses to save step {step}, the newest is {self.newest}"
 

@@ -199,9 +199,10 @@ class RunLog:
         kept = [row for row in read_metrics(workdir) if row["step"] <= from_step]
         with disk.writing(self._path):
             disk.write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-            self._file = self._path.open("a")
         if tensorboard and importlib.util.find_spec("tensorboardX"):
             self._board = _Board(workdir / "tensorboard", from_step)
+        with disk.writing(self._path):
+            self._file = self._path.open("a")
 
     def write(self, step: int, epoch: float, values: dict[str, float], timing: dict[str, float] | None = None) -> None:
         """One line; what depends on the clock goes into `timing`, which a comparison of two runs leaves out."""
@@ -228,10 +229,11 @@ class RunLog:
 
     def __exit__(self, *exception) -> None:
         if self._active:
-            if self._board:
-                self._board.close()
-            with disk.writing(self._path):
-                self._file.close()
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(disk.writing(self._path))
+                stack.callback(self._file.close)
+                if self._board:
+                    self._board.close()
 
 
 class _Board:
@@ -240,21 +242,27 @@ class _Board:
     """
 
     def __init__(self, directory: Path, from_step: int):
-        from tensorboardX import event_file_writer, summary  # optional, and slow to import
+        from tensorboardX import record_writer, summary  # optional, and slow to import
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._directory, self._event, self._scalar = directory, Event, summary.scalar
         with disk.writing(directory):
             directory.mkdir(exist_ok=True)
-            self._writer = event_file_writer.EventsWriter(str(directory / "events"))
-            start = SessionLog(status=SessionLog.START)  # TensorBoard hides what was there from this step on
-            self._writer.write_event(Event(wall_time=time.time(), step=from_step + 1, session_log=start))
+            name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{from_step}"
+            self._writer = record_writer.RecordWriter(str(directory / name))
+        start = SessionLog(status=SessionLog.START)  # TensorBoard hides what was there from this step on
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._add(Event(wall_time=time.time(), step=from_step + 1, session_log=start))
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._add(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
         with disk.writing(self._directory):
-            for name, value in values.items():
-                self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
             self._writer.flush()
+
+    def _add(self, event) -> None:
+        with disk.writing(self._directory):
+            self._writer.write(event.SerializeToString())
 
     def close(self) -> None:
         with disk.writing(self._directory):
