@@ -163,11 +163,14 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote, locked."""
+    """The config that `to_json` wrote, locked; `ValueError` for what is none."""
 
     def restore(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: restore(item) for key, item in value.items()}
         return tuple(restore(item) for item in value) if isinstance(value, list) else value
 
-    return ConfigDict(restore(json.loads(text))).lock()
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds {type(found).__name__}, expected an object")
+    return ConfigDict(restore(found)).lock()

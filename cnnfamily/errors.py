@@ -1,7 +1,7 @@
 """What can go wrong for a user, and how a command ends.
 
-Exit status of every command: 0 done; 1 a fault of ours (traceback); 2 wrong usage, config, data or weights;
-3 the loss became non-finite; 130 interrupted and 143 asked to stop, both after saving.
+Exit status of every command: 0 done; 1 a fault of ours (traceback); 2 wrong usage, config, data or weights,
+or a disk that fails; 3 the loss became non-finite; 130 interrupted and 143 asked to stop, both after saving.
 """
 
 import argparse
@@ -30,6 +30,11 @@ class Stopped(Exception):
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.status = 128 + signum
+
+
+def warn(text: str) -> None:
+    """A line on standard error about what does not stop the command."""
+    print(text, file=sys.stderr)
 
 
 def unknown(kind: str, found: str, known: Iterable[str]) -> UsageError:

@@ -64,7 +64,8 @@ def load_run(workdir: str | Path, *, which: str = "newest") -> tuple[nn.Module, 
     The variables are the averaged ones where the run averaged, of the "newest" or the "best" checkpoint.
 
     Raises:
-      UsageError: no run there, or no checkpoint yet.
+      UsageError: no run there, or no checkpoint yet, or none that is not damaged. Where one is left, a line on standard
+        error says which was taken instead.
     """
     network, state, config = load_state(Path(workdir), which=which)
     variables = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
@@ -74,6 +75,7 @@ def load_run(workdir: str | Path, *, which: str = "newest") -> tuple[nn.Module, 
 def load_state(workdir: Path, *, which: str) -> tuple[nn.Module, TrainState, ConfigDict]:
     """The network, whole training state and config of a run; errors as `load_run`."""
     config = runlog.read_config(workdir)
+    runlog.read_manifest(workdir)  # without its digest of the config there is no telling whether that is the run's
     network, _, state = fresh_state(config)
     return network, checkpoint.restore_state(workdir / "checkpoints", state, which=which), config
 

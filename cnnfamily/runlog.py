@@ -3,12 +3,14 @@
 """
 
 import contextlib
+import errno
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,26 +19,23 @@ import jax
 from ml_collections import ConfigDict
 
 from cnnfamily import config as configs
-from cnnfamily.errors import UsageError
+from cnnfamily import disk
+from cnnfamily.errors import UsageError, warn
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
+_REMEDY = "delete it, and the same training command writes it again"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is either the old one or the new one, whatever happens."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
     """Refuses a directory that holds a run with another config, naming the keys that differ (`UsageError`)."""
     if not (workdir / "config.json").exists():
+        if (workdir / "manifest.json").exists() and disk.digest(configs.to_json(config)) != read_manifest(workdir)["config"]:
+            raise UsageError(f"workdir {workdir} holds a run with another config, and no config.json; take another --workdir")
         return
     ours, theirs = configs.flatten(config), configs.flatten(read_config(workdir))
     missing = object()
@@ -58,7 +57,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not (workdir / "config.json").exists():
-            write_whole(workdir / "config.json", configs.to_json(config))
+            disk.write_whole(workdir / "config.json", configs.to_json(config))
     except OSError as error:
         raise UsageError(f"workdir {workdir}: {error.strerror or error}; expected a folder that can be written") from error
 
@@ -69,7 +68,9 @@ def exclusive(workdir: Path) -> Iterator[None]:
     if jax.process_index() != 0 or fcntl is None:
         yield
         return
-    with (workdir / ".lock").open("w") as lock:
+    with contextlib.ExitStack() as stack:
+        with disk.writing(workdir / ".lock"):
+            lock = stack.enter_context((workdir / ".lock").open("w"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -83,19 +84,30 @@ def read_config(workdir: Path) -> ConfigDict:
     """The config of a run, locked."""
     path = workdir / "config.json"
     try:
-        return configs.from_json(path.read_text())
+        text = path.read_text()
+        config = configs.from_json(text)
     except FileNotFoundError:
         raise UsageError(f"{workdir} is no run directory: expected a config.json, as cnnfamily.train writes it") from None
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(f"{path} cannot be read: {error}; {_REMEDY}") from error
+    if (workdir / "manifest.json").exists() and disk.digest(text) != read_manifest(workdir)["config"]:
+        raise UsageError(f"{path} has changed since the run began; {_REMEDY}")
+    return config
 
 
 def read_manifest(workdir: Path) -> dict[str, Any]:
-    """The run's `manifest.json`."""
+    """The run's `manifest.json`, whose last entry is a digest of the others."""
+    path = workdir / "manifest.json"
     try:
-        return json.loads((workdir / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{workdir / 'manifest.json'} cannot be read: {error}") from error
+        manifest = json.loads(path.read_text())
+        intact = manifest.pop("digest") == disk.digest(json.dumps(manifest))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {disk.reason(error)}; put a copy back") from error
+    except (ValueError, TypeError, KeyError, AttributeError):
+        intact = False
+    if not intact:
+        raise UsageError(f"{path} is damaged: it is not as cnnfamily.train wrote it; put a copy back")
+    return manifest
 
 
 def check_data(workdir: Path, data) -> None:
@@ -120,7 +132,8 @@ def write_manifest(workdir: Path, *, config: ConfigDict, data, total_steps: int,
         "mean": list(data.mean),
         "std": list(data.std),
     }
-    manifest = {"seed": config.seed, "total_steps": total_steps, "data": record, "sessions": []}
+    config_digest = disk.digest((workdir / "config.json").read_text())
+    manifest = {"seed": config.seed, "config": config_digest, "total_steps": total_steps, "data": record, "sessions": []}
     if (workdir / "manifest.json").exists():
         manifest = read_manifest(workdir)
     session = {
@@ -132,8 +145,10 @@ def write_manifest(workdir: Path, *, config: ConfigDict, data, total_steps: int,
         "commit": _commit(),
     }
     if jax.process_index() == 0:
-        text = json.dumps(manifest | {"sessions": [*manifest["sessions"], session]}, indent=1)
-        write_whole(workdir / "manifest.json", text)
+        manifest = manifest | {"sessions": [*manifest["sessions"], session]}
+        text = json.dumps(manifest | {"digest": disk.digest(json.dumps(manifest))}, indent=1)
+        with disk.writing(workdir / "manifest.json"):
+            disk.write_whole(workdir / "manifest.json", text)
 
 
 def _commit() -> str:
@@ -145,12 +160,23 @@ def _commit() -> str:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line that a crash left unfinished is no line."""
+    """The lines of `metrics.jsonl`. What a crash left at its end is no line; one that is damaged before that is named."""
     path = workdir / "metrics.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {disk.reason(error)}") from error
+    rows, damaged = [], []
+    for number, line in enumerate(lines, start=1):
         with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("epoch"), int | float):
+                rows.append(row)
+                for before in damaged:
+                    warn(f"line {before} of {path} is damaged and left out")
+                damaged = []
+                continue
+        damaged.append(number)
     return rows
 
 
@@ -158,42 +184,89 @@ class RunLog:
     """Appends to `metrics.jsonl` and, if tensorboardX is installed and `tensorboard` is true, to TensorBoard files.
 
     A run that goes on from step s first drops what a crashed one had written after s: those steps come again.
+
+    Raises:
+      DiskError: one of them cannot be written, or the directory is no longer there.
     """
 
     def __init__(self, workdir: Path, *, from_step: int, tensorboard: bool):
         self.workdir = workdir
+        self._path = workdir / "metrics.jsonl"
         self._active = jax.process_index() == 0
         self._board = None
         if not self._active:
             return
         kept = [row for row in read_metrics(workdir) if row["step"] <= from_step]
-        write_whole(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = (workdir / "metrics.jsonl").open("a")
+        with disk.writing(self._path):
+            disk.write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         if tensorboard and importlib.util.find_spec("tensorboardX"):
-            import tensorboardX  # optional, and slow to import
-
-            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=from_step + 1)
+            self._board = _Board(workdir / "tensorboard", from_step)
+        with disk.writing(self._path):
+            self._file = self._path.open("a")
 
     def write(self, step: int, epoch: float, values: dict[str, float], timing: dict[str, float] | None = None) -> None:
         """One line; what depends on the clock goes into `timing`, which a comparison of two runs leaves out."""
         if not self._active:
             return
         row = {"step": step, "epoch": round(epoch, 6), **values}
-        self._file.write(json.dumps(row | ({"timing": timing} if timing else {})) + "\n")
-        self._file.flush()
+        with disk.writing(self._path):
+            # A file that was deleted or moved can still be written to, and nobody would find the line.
+            if not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            self._file.write(json.dumps(row | ({"timing": timing} if timing else {})) + "\n")
+            self._file.flush()
         if self._board:
-            for name, value in (values | (timing or {})).items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
+            self._board.write(step, values | (timing or {}))
+
+    def sync(self) -> None:
+        """Brings the lines to the disk itself: after a power cut there must be no checkpoint whose lines are missing."""
+        if self._active:
+            with disk.writing(self._path):
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *exception) -> None:
         if self._active:
-            self._file.close()
-            if self._board:
-                self._board.close()
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(disk.writing(self._path))
+                stack.callback(self._file.close)
+                if self._board:
+                    self._board.close()
+
+
+class _Board:
+    """TensorBoard's event files, written here and now: the thread of tensorboardX's SummaryWriter dies of a full disk, and the
+    training loop then waits for it forever.
+    """
+
+    def __init__(self, directory: Path, from_step: int):
+        from tensorboardX import record_writer, summary  # optional, and slow to import
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._directory, self._event, self._scalar = directory, Event, summary.scalar
+        with disk.writing(directory):
+            directory.mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{from_step}"
+            self._writer = record_writer.RecordWriter(str(directory / name))
+        start = SessionLog(status=SessionLog.START)  # TensorBoard hides what was there from this step on
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._add(Event(wall_time=time.time(), step=from_step + 1, session_log=start))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._add(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
+        with disk.writing(self._directory):
+            self._writer.flush()
+
+    def _add(self, event) -> None:
+        with disk.writing(self._directory):
+            self._writer.write(event.SerializeToString())
+
+    def close(self) -> None:
+        with disk.writing(self._directory):
+            self._writer.close()
 
 
 def draw_curves(workdir: Path) -> None:
@@ -207,7 +280,8 @@ def draw_curves(workdir: Path) -> None:
     loss, error = figure.subplots(1, 2)
     curves = [("train", "0.6", "-"), ("test", "tab:blue", "-"), ("ema_test", "tab:orange", "--")]
     for name, color, style in curves:
-        points = [(row["epoch"], row[f"{name}_loss"], 100 * (1 - row[f"{name}_top1"])) for row in rows if f"{name}_loss" in row]
+        keys = ("epoch", f"{name}_loss", f"{name}_top1")
+        points = [(row[keys[0]], row[keys[1]], 100 * (1 - row[keys[2]])) for row in rows if row.keys() >= set(keys)]
         if points:
             epochs, losses, errors = zip(*points, strict=True)
             marker = "." if len(points) < 60 else ""
@@ -222,5 +296,5 @@ def draw_curves(workdir: Path) -> None:
         if axes.lines:
             axes.legend(fontsize="small")
     figure.suptitle(workdir.resolve().name, fontsize="medium")
-    figure.savefig(workdir / "curves.png.partial", dpi=110, format="png")
-    os.replace(workdir / "curves.png.partial", workdir / "curves.png")
+    with disk.writing(workdir / "curves.png"), disk.replacing(workdir / "curves.png") as partial:
+        figure.savefig(partial, dpi=110, format="png")

@@ -83,6 +83,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
     runlog.claim(workdir, config)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())  # left last: a save that is under way is awaited inside it
+        stack.enter_context(checkpoint.resumable(workdir))
         stack.enter_context(runlog.exclusive(workdir))
         checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints"))
         if (checkpoints.newest or 0) != first_step:  # before the log below drops what lies after first_step
@@ -121,6 +122,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 check_finite(metrics, ("test_loss", "ema_test_loss"), step, checkpoints.newest, why)
                 log.write(step, epoch, metrics)
                 report.say(describe(step, epoch, line, metrics, timing["images_per_second"]))
+                log.sync()
                 checkpoints.save(state, pending, rank=metrics.get("ema_test_top1", metrics["test_top1"]))
                 runlog.draw_curves(workdir)
                 clock.restart()
@@ -129,6 +131,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 # The loss of the next step would tell; but the state is saved before there is one.
                 largest = {"a parameter": float(largest_magnitude(state.params))}
                 check_finite(largest, tuple(largest), step, checkpoints.newest, why)
+                log.sync()
                 checkpoints.save(state, pending, rank=math.nan)
             if stop.signum and step < total_steps:
                 raise errors.Stopped(f"stopped and saved at step {step}; the same command goes on from there", stop.signum)

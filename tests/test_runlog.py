@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cnnfamily import config as configs
-from cnnfamily import runlog
+from cnnfamily import disk, runlog
 from cnnfamily.errors import UsageError
 
 LENET = "configs/lenet5_digits.py"
@@ -50,12 +50,12 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_a_write_is_whole_or_not_there(tmp_path, monkeypatch):
-    runlog.write_whole(tmp_path / "a", "old")
+    disk.write_whole(tmp_path / "a", "old")
 
     def fail(*paths):
         raise OSError("disk full")
 
-    monkeypatch.setattr(runlog.os, "replace", fail)
+    monkeypatch.setattr(disk.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        runlog.write_whole(tmp_path / "a", "new")
+        disk.write_whole(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
