@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from cnnfamily import checkpoint, errors, losses, models, optim, parallel, runlog
+from cnnfamily import checkpoint, errors, losses, models, optim, parallel, processes, runlog
 from cnnfamily.data import feed
 from cnnfamily.step import TrainState, create_state, eval_step
 
@@ -92,10 +92,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", required=True, help="the directory of a training run")
     parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest")
     arguments = parser.parse_args(argv)
-    parallel.initialize()
-    metrics = evaluate_run(arguments.workdir, which=arguments.checkpoint)
-    if jax.process_index() == 0:
-        print(json.dumps(metrics))
+    with processes.session():
+        metrics = evaluate_run(arguments.workdir, which=arguments.checkpoint)
+        if jax.process_index() == 0:
+            print(json.dumps(metrics))
 
 
 if __name__ == "__main__":

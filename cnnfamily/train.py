@@ -13,11 +13,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cnnfamily import checkpoint, errors, memory, optim, parallel, runlog
+from cnnfamily import checkpoint, errors, interrupt, memory, optim, parallel, processes, runlog
 from cnnfamily import config as configs
 from cnnfamily.data import feed
 from cnnfamily.evaluate import evaluate_state, fresh_state, make_evaluator
-from cnnfamily.interrupt import StopRequest
 from cnnfamily.progress import Clock, Report
 from cnnfamily.step import largest_magnitude, train_step
 
@@ -76,16 +75,17 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
         ema_warmup=config.ema.warmup,
     )
     report.say(f"{config.model.name} on {data.name}, {mesh.size} {jax.devices()[0].device_kind}: {workdir}")
+    stop = interrupt.StopRequest()
     with report.busy("compiling"):
-        update = parallel.map_over_devices(step_function, mesh, batch_axis=1, outputs=2, donate=True)
-        update = update.lower(state, train.batch(first_step), train.store).compile()
+        update = parallel.map_over_devices(interrupt.agree(step_function), mesh, batch_axis=1, outputs=2, donate=True)
+        update = update.lower(state, stop.add(train.batch(first_step), mesh, batch_axis=1), train.store).compile()
         evaluator = make_evaluator(network, test, state)
 
     # Run directory: nothing is written before everything above has been accepted
     runlog.check_data(workdir, data)
     runlog.claim(workdir, config)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())  # left last: a save that is under way is awaited inside it
+        stack.enter_context(stop)  # left last: a save that is under way is awaited inside it
         stack.enter_context(runlog.exclusive(workdir))
         checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints"))
         if (checkpoints.newest or 0) != first_step:  # before the log below drops what lies after first_step
@@ -102,15 +102,17 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
         clock = Clock(config.batch_size)
         for step in range(first_step + 1, total_steps + 1):
             with clock.waiting():
-                batch = train.batch(step - 1)
+                batch = stop.add(train.batch(step - 1), mesh, batch_axis=1)
+            processes.note(step, checkpoints.newest)
             state, measured = update(state, batch, train.store)
-            values = {name: float(value) for name, value in jax.device_get(measured).items()}
+            values = {name: float(value) for name, value in stop.read(jax.device_get(measured)).items()}
             clock.count_step()
             epoch = step / train.steps_per_epoch
             check_finite(values, ("loss", "grad_norm"), step, checkpoints.newest)
             pending.append(values)
             report.update(step, epoch, values["loss"], values["top1"], clock.images_per_second)
 
+            signum = stop.signum  # once a step: a signal that comes after this line is the next step's
             evaluates = step % evaluate_every == 0 or step == total_steps
             if evaluates or step % config.log.every_steps == 0:
                 line = average(pending) | {"learning_rate": float(schedule(step - 1))}
@@ -126,12 +128,12 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 runlog.draw_curves(workdir)
                 clock.restart()
             due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
-            if (due or stop.signum) and not evaluates:
+            if (due or signum) and not evaluates:
                 # The loss of the next step would tell; but the state is saved before there is one.
                 check_finite({"a parameter": largest_magnitude(state.params)}, ("a parameter",), step, checkpoints.newest)
                 checkpoints.save(state, pending, rank=math.nan)
-            if stop.signum and step < total_steps:
-                raise errors.Stopped(f"stopped and saved at step {step}; the same command goes on from there", stop.signum)
+            if signum and step < total_steps:
+                raise errors.Stopped(f"stopped and saved at step {step}; the same command goes on from there", signum)
     report.say(f"done: {workdir / 'curves.png'}")
     return Result(workdir, total_steps, metrics)
 
@@ -185,8 +187,8 @@ def main(argv: list[str]) -> None:
             raise errors.UsageError(f"argument {argument!r}: expected --config=, --workdir= or --config.KEY=VALUE")
         overrides[key] = value
     config = configs.load_config(arguments.config, overrides)
-    parallel.initialize()
-    run_training(config, arguments.workdir or default_workdir(arguments.config))
+    with interrupt.Guard(), processes.session():
+        run_training(config, arguments.workdir or default_workdir(arguments.config))
 
 
 if __name__ == "__main__":
