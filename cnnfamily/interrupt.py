@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from cnnfamily import errors, parallel
+from cnnfamily import errors, parallel, processes
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NAME = "stop"  # of the signal's number in a batch and in the metrics of a step
@@ -85,8 +85,8 @@ class StopRequest:
 class Guard:
     """A context in which a signal ends the command at once where nothing can be saved, and on the second SIGINT.
 
-    The main thread cannot hear a signal while native code keeps it: compiling, waiting for another process that does not
-    answer, or for one at the exit. A thread that hears it ends the process where the main one has not within a second.
+    The main thread cannot hear a signal while native code keeps it: where it waits for another process, at the start or at the
+    exit. A thread that hears it ends the process where the main one has not within a second.
     """
 
     def __enter__(self) -> "Guard":
@@ -100,7 +100,9 @@ class Guard:
             self._previous = {signum: signal.signal(signum, self._receive) for signum in _SIGNALS}
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, errors.Interrupted):
+            processes.leave(error)  # XLA goes on compiling in threads of its own, and Python's exit would wait for them
         self._left.set()
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
@@ -122,7 +124,5 @@ class Guard:
             if at_once and not self._left.wait(1.0):
                 if sys.stdout.isatty():
                     print("\x1b[?25h", end="", flush=True)  # a live line had hidden the cursor
-                status = errors.conclude(errors.Interrupted(signum))
-                sys.stderr.flush()
-                os._exit(status)
+                processes.leave(errors.Interrupted(signum))
         os.close(self._hears)

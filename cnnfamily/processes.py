@@ -88,8 +88,8 @@ def session() -> Iterator[None]:
         sys.exit(sys.exception().status)  # the line is the first process's
     except BaseException as error:
         if any(sign in f"{type(error).__name__}: {error}".lower() for sign in _SIGNS_OF_LOSS) and native:
-            _leave(errors.PeerLost(_place))
-        _leave(error)
+            leave(errors.PeerLost(_place))
+        leave(error)
     else:
         jax.distributed.shutdown()
     finally:
@@ -97,11 +97,11 @@ def session() -> Iterator[None]:
             native.close()
 
 
-def _leave(error: BaseException) -> None:
+def leave(error: BaseException) -> None:
     """Ends this process with an error's line and status, once, whatever threads and exit handlers still wait for."""
     _last_word.acquire()
     status = errors.conclude(error)
-    if jax.process_index() == 0 and not isinstance(error, errors.PeerLost):
+    if not isinstance(error, (errors.PeerLost, KeyboardInterrupt)) and jax.process_index() == 0:
         time.sleep(1)  # with this process the others lose their coordinator: if they found the same fault, they say so first
     sys.stdout.flush()
     sys.stderr.flush()
@@ -135,7 +135,7 @@ class _NativeErrors(threading.Thread):
             part = os.read(self._pipe, 2**16) if ready else b""
             held, open_ = held + part, bool(part) or not ready
             if _ABORT_FOR_LOSS in held:
-                _leave(errors.PeerLost(_place))
+                leave(errors.PeerLost(_place))
             if not part or len(held) > 2**20:
                 self._real.write(held)
                 held = b""

@@ -43,7 +43,8 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
     runlog.check(workdir, config)
     report = Report(quiet=quiet)
     first_step = checkpoint.newest_step(workdir / "checkpoints") or 0
-    if first_step and first_step == runlog.read_manifest(workdir)["total_steps"]:
+    evaluated = any(row["step"] == first_step for row in runlog.read_metrics(workdir) if "test_loss" in row)
+    if evaluated and first_step == runlog.read_manifest(workdir)["total_steps"]:
         report.say(f"{workdir} is finished: {first_step} steps")
         return Result(workdir, first_step, last_evaluation(workdir))
 
@@ -79,7 +80,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
     with report.busy("compiling"):
         update = parallel.map_over_devices(interrupt.agree(step_function), mesh, batch_axis=1, outputs=2, donate=True)
         update = update.lower(state, stop.add(train.batch(first_step), mesh, batch_axis=1), train.store).compile()
-        evaluator = make_evaluator(network, test, state)
+        evaluator = make_evaluator(network, test, state, stop)
 
     # Run directory: nothing is written before everything above has been accepted
     runlog.check_data(workdir, data)
@@ -98,7 +99,22 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             state, pending = checkpoints.restore(first_step, state)
             report.say(f"continues from step {first_step} of {total_steps}")
 
+        def evaluate_and_save(step, state):
+            """The metrics of an evaluation, written down and saved with the state; {} if a signal stopped it."""
+            metrics = evaluate_state(evaluator, state)
+            if metrics:
+                epoch = step / train.steps_per_epoch
+                check_finite(metrics, ("test_loss", "ema_test_loss"), step, checkpoints.newest)
+                log.write(step, epoch, metrics)
+                checkpoints.save(state, [], rank=metrics.get("ema_test_top1", metrics["test_top1"]))
+                runlog.draw_curves(workdir)
+            return metrics
+
         # Loop
+        if first_step and not evaluated and (first_step % evaluate_every == 0 or first_step == total_steps):
+            metrics = evaluate_and_save(first_step, state)  # a signal had stopped it
+            if not metrics:
+                raise errors.Stopped(f"stopped at step {first_step}; the same command goes on from there", stop.signum)
         clock = Clock(config.batch_size)
         for step in range(first_step + 1, total_steps + 1):
             with clock.waiting():
@@ -112,27 +128,23 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             pending.append(values)
             report.update(step, epoch, values["loss"], values["top1"], clock.images_per_second)
 
-            signum = stop.signum  # once a step: a signal that comes after this line is the next step's
             evaluates = step % evaluate_every == 0 or step == total_steps
             if evaluates or step % config.log.every_steps == 0:
                 line = average(pending) | {"learning_rate": float(schedule(step - 1))}
                 timing = clock.restart()
                 log.write(step, epoch, line, timing)
                 pending = []
-            if evaluates:
-                metrics = evaluate_state(evaluator, state)
-                check_finite(metrics, ("test_loss", "ema_test_loss"), step, checkpoints.newest)
-                log.write(step, epoch, metrics)
+            metrics = evaluate_and_save(step, state) if evaluates else {}
+            if metrics:
                 report.say(describe(step, epoch, line, metrics, timing["images_per_second"]))
-                checkpoints.save(state, pending, rank=metrics.get("ema_test_top1", metrics["test_top1"]))
-                runlog.draw_curves(workdir)
                 clock.restart()
+            signum = stop.signum  # once: a signal that comes after this line is the next step's
             due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
-            if (due or signum) and not evaluates:
+            if (due or signum) and not metrics:
                 # The loss of the next step would tell; but the state is saved before there is one.
                 check_finite({"a parameter": largest_magnitude(state.params)}, ("a parameter",), step, checkpoints.newest)
                 checkpoints.save(state, pending, rank=math.nan)
-            if signum and step < total_steps:
+            if signum and not (metrics and step == total_steps):
                 raise errors.Stopped(f"stopped and saved at step {step}; the same command goes on from there", signum)
     report.say(f"done: {workdir / 'curves.png'}")
     return Result(workdir, total_steps, metrics)
