@@ -48,7 +48,7 @@ class PeerLost(Exception):
     status = 1
 
     def __init__(self, place: str = ""):
-        super().__init__(f"another process of this run has died{place}; the same command goes on from there")
+        super().__init__(f"another process of this run has died{place}; the same command goes on")
 
 
 def unknown(kind: str, found: str, known: Iterable[str]) -> UsageError:

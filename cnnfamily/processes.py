@@ -79,22 +79,22 @@ def session() -> Iterator[None]:
         yield
         return
     native = None if "--debug" in sys.argv else _NativeErrors()
+    together = None
     try:
-        yield
-    except (errors.Stopped, errors.NonFiniteLoss):
+        try:
+            yield
+        except (errors.Stopped, errors.NonFiniteLoss) as error:
+            together = error
         jax.distributed.shutdown()
-        if jax.process_index() == 0:
-            raise
-        sys.exit(sys.exception().status)  # the line is the first process's
     except BaseException as error:
-        if any(sign in f"{type(error).__name__}: {error}".lower() for sign in _SIGNS_OF_LOSS) and native:
-            leave(errors.PeerLost(_place))
-        leave(error)
-    else:
-        jax.distributed.shutdown()
-    finally:
-        if native:
-            native.close()
+        lost = any(sign in f"{type(error).__name__}: {error}".lower() for sign in _SIGNS_OF_LOSS)
+        leave(errors.PeerLost(_place) if lost and native else error)
+    if native:
+        native.close()
+    if together and jax.process_index() == 0:
+        raise together
+    if together:
+        sys.exit(together.status)  # the line is the first process's
 
 
 def leave(error: BaseException) -> None:
