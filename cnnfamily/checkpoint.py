@@ -161,10 +161,16 @@ class Checkpoints:
         return self._manager.best_step()
 
     def save(self, state: TrainState, pending: list[dict[str, float]], rank: float) -> None:
-        """Saves the state and the metrics of steps that have no line in the log yet; `rank` decides which is the best."""
+        """Saves the state and the metrics of steps that have no line in the log yet; `rank` decides which is the best.
+
+        A save with a rank replaces one of the same step: that was made without, because its evaluation had been stopped.
+        """
         step = int(state.step)
         if step == self._manager.latest_step():
-            return
+            if math.isnan(rank):
+                return
+            self._wait()
+            self._manager.delete(step)
         self._wait()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), pending=ocp.args.JsonSave(pending))
         self._saving = step

@@ -1,7 +1,8 @@
 """What can go wrong for a user, and how a command ends.
 
-Exit status of every command: 0 done; 1 a fault of ours (traceback); 2 wrong usage, config, data or weights,
-or a disk that fails; 3 the loss became non-finite; 130 interrupted and 143 asked to stop, both after saving.
+Exit status of every command: 0 done; 1 a fault of ours (traceback); 2 wrong usage, config, data or weights, or a disk that
+fails; 3 the loss became non-finite; 130 interrupted and 143 asked to stop, both after saving. Of several processes that train one
+run, those that lose another one end with 1 as well, and one line.
 """
 
 import argparse
@@ -37,6 +38,24 @@ def warn(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the command at once: a second Ctrl-C, or any before the first step."""
+
+    def __init__(self, signum: int):
+        name = signal.Signals(signum).name
+        super().__init__(f"{name}: ended at once; the same command goes on from the last checkpoint, if there is one")
+        self.status = 128 + signum
+
+
+class PeerLost(Exception):
+    """Another process of the run has died, so this one cannot go on."""
+
+    status = 1
+
+    def __init__(self, place: str = ""):
+        super().__init__(f"another process of this run has died{place}; the same command goes on")
+
+
 def unknown(kind: str, found: str, known: Iterable[str]) -> UsageError:
     """An error for a name that does not exist: suggests the nearest and lists all.
 
@@ -63,18 +82,28 @@ def argument_parser(module: str, description: str) -> argparse.ArgumentParser:
     )
 
 
+def conclude(error: BaseException) -> int:
+    """Writes an error to standard error, in one line if it is of the kinds above, and returns the exit status it stands for."""
+    expected = isinstance(error, (UsageError, NonFiniteLoss, Stopped, Interrupted, PeerLost))
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if "--debug" in sys.argv[1:] or not (expected or isinstance(error, KeyboardInterrupt)):
+        traceback.print_exception(error)
+    if expected:
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.status
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 1
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Runs a command's `main(argv)` and ends the process with the status above; `--debug` shows tracebacks."""
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         main(argv)
-    except (UsageError, NonFiniteLoss, Stopped) as error:
-        if "--debug" in sys.argv[1:]:
-            traceback.print_exc()
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.status)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # `... | head` closed our output: not an error
         sys.stderr.close()
+    except (UsageError, NonFiniteLoss, Stopped, PeerLost, KeyboardInterrupt) as error:
+        sys.exit(conclude(error))

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -10,25 +10,37 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from cnnfamily import checkpoint, errors, losses, models, optim, parallel, runlog
+from cnnfamily import checkpoint, errors, interrupt, losses, models, optim, parallel, processes, runlog
 from cnnfamily.data import feed
 from cnnfamily.step import TrainState, create_state, eval_step
 
 Evaluator = Callable[[dict, str], dict[str, float | int]]
 
 
-def make_evaluator(network: nn.Module, test: feed.TestFeed, state: TrainState) -> Evaluator:
+def make_evaluator(
+    network: nn.Module, test: feed.TestFeed, state: TrainState, stop: interrupt.StopRequest | None = None
+) -> Evaluator:
     """A function of (variables, prefix) that evaluates the test split: `{prefix}loss`, `top1`, `top5`, `ece`, `examples`.
 
     Every example is seen once on any number of devices; the count is checked. Compiled here, for variables like `state`'s.
+    A signal that `stop` hears of ends an evaluation after the batch at hand, with {}: of a large split it takes a minute.
     """
-    step = functools.partial(eval_step, network=network, view=test.view)
+    stop = stop or interrupt.StopRequest()
+    step = interrupt.agree(functools.partial(eval_step, network=network, view=test.view))
     mapped = parallel.map_over_devices(step, test.mesh, batch_axis=0, outputs=1)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    compiled = mapped.lower(variables, next(test.batches()), test.store).compile()
+
+    def batches() -> Iterator[dict[str, jax.Array]]:
+        return (stop.add(batch, test.mesh, batch_axis=0) for batch in test.batches())
+
+    compiled = mapped.lower(variables, next(batches()), test.store).compile()
 
     def evaluate(variables: dict, prefix: str) -> dict[str, float | int]:
-        sums = [jax.device_get(compiled(variables, batch, test.store)) for batch in test.batches()]
+        sums = []
+        for batch in batches():
+            if stop.signum:
+                return {}
+            sums.append(stop.read(jax.device_get(compiled(variables, batch, test.store))))
         # On the host in float64, so that the figure of a large split does not depend on how it was cut.
         total = {name: np.sum([np.asarray(part[name], np.float64) for part in sums], axis=0) for name in sums[0]}
         expected = len(test.split.labels)
@@ -39,9 +51,12 @@ def make_evaluator(network: nn.Module, test: feed.TestFeed, state: TrainState) -
 
 
 def evaluate_state(evaluator: Evaluator, state: TrainState) -> dict[str, float | int]:
-    """`test_*` of the parameters and, where the state averages them, `ema_test_*` beside it."""
+    """`test_*` of the parameters and, where the state averages them, `ema_test_*` beside it; {} if a signal stopped either."""
     metrics = evaluator({"params": state.params, "batch_stats": state.batch_stats}, "test_")
-    return metrics | (evaluator(state.ema, "ema_test_") if state.ema else {})
+    if not metrics or not state.ema:
+        return metrics
+    averaged = evaluator(state.ema, "ema_test_")
+    return averaged and metrics | averaged
 
 
 def fresh_state(config: ConfigDict, schedule: Callable | None = None) -> tuple[nn.Module, object, TrainState]:
@@ -94,10 +109,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", required=True, help="the directory of a training run")
     parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest")
     arguments = parser.parse_args(argv)
-    parallel.initialize()
-    metrics = evaluate_run(arguments.workdir, which=arguments.checkpoint)
-    if jax.process_index() == 0:
-        print(json.dumps(metrics))
+    with processes.session():
+        metrics = evaluate_run(arguments.workdir, which=arguments.checkpoint)
+        if jax.process_index() == 0:
+            print(json.dumps(metrics))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """Devices and processes: one mesh with the axis `data`, and the step mapped over it.
 
-One code path serves a laptop, several GPUs and several hosts. Under `srun` or `mpirun` every process runs the same command and
-finds the others by itself; elsewhere (Cloud TPU, Kubernetes) set CNNFAMILY_DISTRIBUTED=1 and JAX's own detection does.
+One code path serves a laptop, several GPUs and several hosts; `processes` says how several processes find each other.
 """
 
-import os
 from collections.abc import Callable
 
 import jax
@@ -12,15 +10,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
-# What the launchers of several processes set; a batch script outside `srun` has no SLURM_STEP_NUM_TASKS.
-_PROCESS_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-
-
-def initialize() -> None:
-    """Joins the other processes of a launcher, before any device is used; alone it does nothing."""
-    several = any(int(os.environ.get(name) or 1) > 1 for name in _PROCESS_COUNTS)
-    if (several or os.environ.get("CNNFAMILY_DISTRIBUTED") == "1") and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
 
 
 def data_mesh() -> Mesh:

@@ -14,11 +14,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cnnfamily import checkpoint, errors, memory, nonfinite, optim, parallel, runlog
+from cnnfamily import checkpoint, errors, interrupt, memory, nonfinite, optim, parallel, processes, runlog
 from cnnfamily import config as configs
 from cnnfamily.data import feed
 from cnnfamily.evaluate import evaluate_state, fresh_state, make_evaluator
-from cnnfamily.interrupt import StopRequest
 from cnnfamily.progress import Clock, Report
 from cnnfamily.step import Objective, largest_magnitude, train_step
 
@@ -45,7 +44,8 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
     runlog.check(workdir, config)
     report = Report(quiet=quiet)
     first_step = checkpoint.newest_step(workdir / "checkpoints") or 0
-    if first_step and first_step == runlog.read_manifest(workdir)["total_steps"]:
+    evaluated = any(row["step"] == first_step for row in runlog.read_metrics(workdir) if "test_loss" in row)
+    if evaluated and first_step == runlog.read_manifest(workdir)["total_steps"]:
         report.say(f"{workdir} is finished: {first_step} steps")
         return Result(workdir, first_step, last_evaluation(workdir))
 
@@ -73,16 +73,17 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
         train_step, objective=objective, optimizer=optimizer, ema_decay=config.ema.decay, ema_warmup=config.ema.warmup
     )
     report.say(f"{config.model.name} on {data.name}, {mesh.size} {jax.devices()[0].device_kind}: {workdir}")
+    stop = interrupt.StopRequest()
     with report.busy("compiling"):
-        update = parallel.map_over_devices(step_function, mesh, batch_axis=1, outputs=2, donate=True)
-        update = update.lower(state, train.batch(first_step), train.store).compile()
-        evaluator = make_evaluator(network, test, state)
+        update = parallel.map_over_devices(interrupt.agree(step_function), mesh, batch_axis=1, outputs=2, donate=True)
+        update = update.lower(state, stop.add(train.batch(first_step), mesh, batch_axis=1), train.store).compile()
+        evaluator = make_evaluator(network, test, state, stop)
 
     # Run directory: nothing is written before everything above has been accepted
     runlog.check_data(workdir, data)
     runlog.claim(workdir, config)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())  # left last: a save that is under way is awaited inside it
+        stack.enter_context(stop)  # left last: a save that is under way is awaited inside it
         stack.enter_context(checkpoint.resumable(workdir))
         stack.enter_context(runlog.exclusive(workdir))
         checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints"))
@@ -96,18 +97,38 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             state, pending = checkpoints.restore(first_step, state)
             report.say(f"continues from step {first_step} of {total_steps}")
 
+        def refuse_nonfinite(values, names, step, state):
+            def why():  # a step whose loss or gradient is not finite has left the state as it was before
+                return nonfinite.cause_of(state, train.batch(int(state.step)), train.store, objective=objective, mesh=mesh)
+
+            check_finite(values, names, step, checkpoints.newest, why)
+
+        def evaluate_and_save(step, state):
+            """The metrics of an evaluation, written down and saved with the state; {} if a signal stopped it."""
+            metrics = evaluate_state(evaluator, state)
+            if metrics:
+                refuse_nonfinite(metrics, ("test_loss", "ema_test_loss"), step, state)
+                log.write(step, step / train.steps_per_epoch, metrics)
+                log.sync()
+                checkpoints.save(state, [], rank=metrics.get("ema_test_top1", metrics["test_top1"]))
+                runlog.draw_curves(workdir)
+            return metrics
+
         # Loop
+        if first_step and not evaluated and (first_step % evaluate_every == 0 or first_step == total_steps):
+            metrics = evaluate_and_save(first_step, state)  # a signal had stopped it
+            if not metrics:
+                raise errors.Stopped(f"stopped at step {first_step}; the same command goes on from there", stop.signum)
         clock = Clock(config.batch_size)
         for step in range(first_step + 1, total_steps + 1):
             with clock.waiting():
-                batch = train.batch(step - 1)
+                batch = stop.add(train.batch(step - 1), mesh, batch_axis=1)
+            processes.note(step, checkpoints.newest)
             state, measured = update(state, batch, train.store)
-            values = {name: float(value) for name, value in jax.device_get(measured).items()}
+            values = {name: float(value) for name, value in stop.read(jax.device_get(measured)).items()}
             clock.count_step()
             epoch = step / train.steps_per_epoch
-            # Where the two are not finite the step has left the state as it was before.
-            why = functools.partial(nonfinite.cause_of, state, batch, train.store, objective=objective, mesh=mesh)
-            check_finite(values, ("loss", "grad_norm"), step, checkpoints.newest, why)
+            refuse_nonfinite(values, ("loss", "grad_norm"), step, state)
             pending.append(values)
             report.update(step, epoch, values["loss"], values["top1"], clock.images_per_second)
 
@@ -117,24 +138,19 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 timing = clock.restart()
                 log.write(step, epoch, line, timing)
                 pending = []
-            if evaluates:
-                metrics = evaluate_state(evaluator, state)
-                check_finite(metrics, ("test_loss", "ema_test_loss"), step, checkpoints.newest, why)
-                log.write(step, epoch, metrics)
+            metrics = evaluate_and_save(step, state) if evaluates else {}
+            if metrics:
                 report.say(describe(step, epoch, line, metrics, timing["images_per_second"]))
-                log.sync()
-                checkpoints.save(state, pending, rank=metrics.get("ema_test_top1", metrics["test_top1"]))
-                runlog.draw_curves(workdir)
                 clock.restart()
+            signum = stop.signum  # once: a signal that comes after this line is the next step's
             due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
-            if (due or stop.signum) and not evaluates:
+            if (due or signum) and not metrics:
                 # The loss of the next step would tell; but the state is saved before there is one.
-                largest = {"a parameter": float(largest_magnitude(state.params))}
-                check_finite(largest, tuple(largest), step, checkpoints.newest, why)
+                refuse_nonfinite({"a parameter": float(largest_magnitude(state.params))}, ("a parameter",), step, state)
                 log.sync()
                 checkpoints.save(state, pending, rank=math.nan)
-            if stop.signum and step < total_steps:
-                raise errors.Stopped(f"stopped and saved at step {step}; the same command goes on from there", stop.signum)
+            if signum and not (metrics and step == total_steps):
+                raise errors.Stopped(f"stopped and saved at step {step}; the same command goes on from there", signum)
     report.say(f"done: {workdir / 'curves.png'}")
     return Result(workdir, total_steps, metrics)
 
@@ -191,8 +207,8 @@ def main(argv: list[str]) -> None:
             raise errors.UsageError(f"argument {argument!r}: expected --config=, --workdir= or --config.KEY=VALUE")
         overrides[key] = value
     config = configs.load_config(arguments.config, overrides)
-    parallel.initialize()
-    run_training(config, arguments.workdir or default_workdir(arguments.config))
+    with interrupt.Guard(), processes.session():
+        run_training(config, arguments.workdir or default_workdir(arguments.config))
 
 
 if __name__ == "__main__":
