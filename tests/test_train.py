@@ -58,7 +58,7 @@ def test_learns_and_writes_the_run_directory(finished):
     assert tested[0].keys() == {"step", "epoch"} | names
     assert configs.from_json((workdir / "config.json").read_text()) == short_config(ema__decay=0.95)
     manifest = json.loads((workdir / "manifest.json").read_text())
-    assert manifest["sessions"][0]["batch_size"] == {"global": 64, "device": 16}
+    assert manifest["sessions"][0]["batch_size"] == {"global": 64, "device": 8}
     assert manifest["data"]["train_examples"] == 1437
 
 
@@ -173,7 +173,7 @@ def run_command(monkeypatch, capsys, *arguments):
         (["--config.data.source=npz:nothing.npz"], "nothing.npz"),
         (["--config.data.source=idx:nothing"], "nothing"),
         (["--config.data.source=tfds:mnist"], "digits, npz:PATH, idx:DIR, fake"),
-        (["--config.batch_size=66"], "batch_size=66: expected a multiple of 4"),
+        (["--config.batch_size=66"], "batch_size=66: expected a multiple of 8"),
         (["--config.batch_size=4000"], "batch_size=4000; expected 1 to 1437"),
         (["--config.data.resolution=20"], "images of 20 x 20 pixels are smaller than this network can take"),
         (["--config.model.num_classes=3"], "digits has 10 classes, more than model.num_classes=3"),
