@@ -44,14 +44,12 @@ class _SealedFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
         return folder
 
     async def create(self):
-        if self._is_step():
-            os.stat(self.get().parent)  # Orbax would make a run directory that vanished anew
         path = await super().create()
         self._created = os.stat(path)
         return path
 
     async def finalize(self):
-        if self._is_step():
+        if self.get_final().name.isdecimal():  # the parts of a step come by here too
             if self._store:
                 self._store.wait_until_finished()  # it has a thread of its own
             # TensorStore makes folders that it misses: of a run directory that vanished it would leave a part.
@@ -59,9 +57,6 @@ class _SealedFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             disk.seal(Path(self.get()))
         await super().finalize()
-
-    def _is_step(self) -> bool:
-        return self.get_final().name.isdecimal()  # its parts are folders of this class too
 
 
 class Checkpoints:
@@ -175,6 +170,8 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), pending=ocp.args.JsonSave(pending))
         self._saving = step
         with self._writing():
+            if self._vanished():
+                raise FileNotFoundError  # Orbax would make it anew
             saved = self._manager.save(step, args=items, metrics={"rank": rank})
         assert saved, f"Orbax refuses to save step {step}, the newest is {self.newest}"
 

@@ -2,10 +2,15 @@
 
 import asyncio
 import json
+import os
 import random
 import resource
 import shutil
+import subprocess
+import sys
+import time
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -221,7 +226,12 @@ def test_a_run_through_a_full_disk_and_a_moved_directory_ends_as_the_one_without
     assert not caplog.records
     largest_file()
 
-    fault_at(48, lambda: (tmp_path / "run").rename(tmp_path / "away"))
+    def move():
+        while not (tmp_path / "run" / "checkpoints" / "44").exists():
+            time.sleep(0.01)
+        (tmp_path / "run").rename(tmp_path / "away")
+
+    fault_at(48, move)
     with pytest.raises(UsageError, match=r"metrics.jsonl cannot be written: No such file .*there is no checkpoint in"):
         train_on()
     assert not (tmp_path / "run").exists()
@@ -238,8 +248,22 @@ def test_checkpoints_that_vanish_are_not_made_anew(steps):
     vanished = pytest.raises(disk.DiskError, match=f"checkpoint 6 cannot be written: {steps} has vanished")
     with vanished, Checkpoints(steps) as checkpoints:
         steps.rename(steps.parent / "away")
+        (steps / "6.orbax-checkpoint-tmp" / "state").mkdir(parents=True)  # as TensorStore would, in the middle of a save
         checkpoints.save(state_at(6), [], 0.1)
     assert {path.name for path in steps.parent.iterdir()} == {"away"}
+
+
+def test_a_folder_that_cannot_be_made_does_not_keep_the_process_waiting(steps):
+    code = f"""import errno, os, pathlib, test_checkpoint
+from cnnfamily import checkpoint
+def mkdir(*path, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+with checkpoint.Checkpoints(pathlib.Path({str(steps)!r})) as checkpoints:
+    os.mkdir = mkdir
+    checkpoints.save(test_checkpoint.state_at(6), [], 0.5)"""
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stderr.splitlines()[-1].endswith("cannot be written: No space left on device")
 
 
 @pytest.mark.parametrize("name", [".lock", "manifest.json", "metrics.jsonl", "curves.png", "tensorboard", "checkpoints"])
