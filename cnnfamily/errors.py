@@ -82,6 +82,12 @@ def argument_parser(module: str, description: str) -> argparse.ArgumentParser:
     )
 
 
+def one_line(text: str) -> str:
+    """A text without line breaks, and with the middle of a word of more than 300 characters left out."""
+    words = (word if len(word) <= 300 else f"{word[:100]}...{word[-30:]}" for word in text.split())
+    return " ".join(words)
+
+
 def conclude(error: BaseException) -> int:
     """Writes an error to standard error, in one line if it is of the kinds above, and returns the exit status it stands for."""
     expected = isinstance(error, (UsageError, NonFiniteLoss, Stopped, Interrupted, PeerLost))
@@ -90,7 +96,7 @@ def conclude(error: BaseException) -> int:
     if "--debug" in sys.argv[1:] or not (expected or isinstance(error, KeyboardInterrupt)):
         traceback.print_exception(error)
     if expected:
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{type(error).__name__}: {one_line(str(error))}", file=sys.stderr)
         return error.status
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)

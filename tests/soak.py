@@ -92,7 +92,9 @@ def soak(kills: int, seed: int, folder: Path) -> dict:
     began = time.monotonic()
     for name in ("cold", "reference"):  # the first fills the cache of compiled programs
         before = time.monotonic()
-        assert start(folder / name).wait() == 0
+        process = start(folder / name)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
     whole = time.monotonic() - before
     reference, size = outcome(folder / "reference")
     assert not differences(reference, outcome(folder / "cold")[0]), "two runs that were never killed differ"
