@@ -43,3 +43,10 @@ def test_unknown_names_the_nearest_and_all():
     error = errors.unknown("model", "resnt50", ["lenet5", "resnet50"])
     assert str(error) == "unknown model 'resnt50'; did you mean 'resnet50'? known: lenet5, resnet50"
     assert "did you mean" not in str(errors.unknown("model", "zzz", ["lenet5"]))
+
+
+def test_a_word_without_end_is_cut_in_the_middle():
+    text = errors.one_line("found\n'" + "a" * 5000 + "z',  expected b")
+    assert text.startswith("found 'aaaa")
+    assert text.endswith("aaz', expected b")
+    assert len(text) < 200

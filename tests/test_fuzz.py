@@ -1,0 +1,41 @@
+"""Some hundred cases of `fuzz.py`, and that it finds what it looks for."""
+
+import sys
+import time
+
+import fuzz
+import pytest
+
+from cnnfamily import errors
+
+
+def test_bad_input_at_large(tmp_path):
+    ends, wrong = fuzz.fuzz(seed=2, numbers=range(150), folder=tmp_path)
+    assert not wrong, "\n".join(wrong)
+    kinds = {kind for kind, _ in ends}
+    assert kinds == {"overrides", "command line", "config file", "damaged run", "summary", "predict", "evaluate"}
+    assert min(sum(count for (_, status), count in ends.items() if status == wanted) for wanted in (0, 2)) > 10
+
+
+def silently(argv):
+    sys.exit(2)
+
+
+def wrongly(argv):
+    raise errors.NonFiniteLoss("x" * 3000 + " y" * 3000)
+
+
+@pytest.mark.parametrize(
+    ("main", "fault"),
+    [
+        (lambda argv: 1 / 0, "status Traceback"),
+        (lambda argv: None, "status 0, but not done"),
+        (lambda argv: time.sleep(5), "status too long"),
+        (silently, "no line that says why"),
+        (wrongly, "a line of"),
+        (lambda argv: sys.exit(7), "status 7"),
+    ],
+)
+def test_the_verdict(main, fault):
+    case = fuzz.Case("kind", main, [], bool)
+    assert fuzz.verdict(case, *fuzz.run(case, limit=1)).startswith(fault)
