@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import recorded
 from conftest import mesh_of
 from jax import export
 
@@ -76,80 +77,37 @@ LAYOUTS = [
 ]
 
 
-def all_choices_on(form: str, group: int, micro_batches: int):
-    """EfficientNet in small with dropout, stochastic depth, augmentation, mixing, smoothing and averages, in float64."""
-    overrides = {
-        "batch_size": 32,
-        "accumulate_steps": micro_batches,
-        "label_smoothing": 0.1,
-        "augment.crop_padding": 2,
-        "augment.shift": 2,
-        "augment.flip": True,
-        "augment.mixup": 0.4,
-        "augment.cutmix": 1.0,
-        "augment.mix_group": 4,
-        "model.dtype": "float64",
-        "model.norm_group": group,
-        "model.stem_filters": 16,
-        "model.stages": ((6, 16, 2, 1, 3),),
-        "model.head_filters": 32,
-        "model.stochastic_depth": 0.5,
-        "model.stochastic_depth_form": form,
-        "model.stochastic_depth_schedule": "l/L",
-        "model.stochastic_depth_group": 4,
-    }
-    return configs.load_config("configs/efficientnet_b0.py:digits", overrides)
-
-
-@functools.cache
-def digits():
-    return feed.load_data(all_choices_on("none", 0, 1))
-
-
 @functools.cache
 def twenty_steps(form: str, group: int, devices: int, micro_batches: int):
-    """The state after 20 steps of SGD, and what each step recorded of its choices and its loss."""
-    config, mesh, optimizer = all_choices_on(form, group, micro_batches), mesh_of(devices), optax.sgd(0.05, momentum=0.9)
-    train = feed.TrainFeed(digits(), config, mesh)
-    network = build(config.model)
-    state = create_state(initialize(network, jax.random.key(1)), optimizer, ema=True)
-    objective = Objective(network.clone(axis_name="data"), train.view, 3, train.mix, label_smoothing=0.1)
-    step = functools.partial(train_step, objective=objective, optimizer=optimizer, ema_decay=0.9, record=True)
-    update = parallel.map_over_devices(step, mesh, batch_axis=1, outputs=2)
-    state, recorded = parallel.replicate(state, mesh), []
-    for step in range(20):
-        state, metrics = update(state, train.batch(step), train.store)
-        recorded.append(jax.device_get(metrics))
-    shards = jax.tree.map(lambda x: [np.asarray(shard.data) for shard in x.addressable_shards], state.batch_stats)
-    return jax.device_get(state), recorded, shards
+    return recorded.twenty_steps(form, group, mesh_of(devices), micro_batches)
 
 
 @pytest.mark.parametrize(("form", "group", "devices", "micro_batches"), LAYOUTS)
 def test_the_same_run_on_any_number_of_devices(x64, form, group, devices, micro_batches):
     """SGD, because Adam would hide a gradient that is N times too large."""
-    state, recorded, _ = twenty_steps(form, group, 1, 1)
-    other, also_recorded, shards = twenty_steps(form, group, devices, micro_batches)
-    for ours, theirs in zip(recorded, also_recorded, strict=True):
+    state, steps, _ = twenty_steps(form, group, 1, 1)
+    other, other_steps, shards = twenty_steps(form, group, devices, micro_batches)
+    for ours, theirs in zip(steps, other_steps, strict=True):
         paths = jax.tree_util.tree_leaves_with_path(ours["choices"])
         for (path, choice), same in zip(paths, jax.tree.leaves(theirs["choices"]), strict=True):
             np.testing.assert_array_equal(choice, same, err_msg=jax.tree_util.keystr(path))
     assert_same(state, other)
-    assert_same([step["loss"] for step in recorded], [step["loss"] for step in also_recorded])
+    assert_same([step["loss"] for step in steps], [step["loss"] for step in other_steps])
     for copies in jax.tree.leaves(shards, is_leaf=lambda x: isinstance(x, list)):
         assert len(copies) == devices
         assert all(np.array_equal(copy, copies[0]) for copy in copies)
 
 
 def test_what_the_step_records(x64):
-    _, recorded, _ = twenty_steps("subset", 4, 1, 1)
-    first = recorded[0]["choices"]
+    _, steps, _ = twenty_steps("subset", 4, 1, 1)
+    first = steps[0]["choices"]
     assert first.keys() == {"index", "images", "labels", "mix", "stochastic_depth", "dropout"}
-    np.testing.assert_array_equal(first["labels"], digits().train.labels[first["index"]])
+    np.testing.assert_array_equal(first["labels"], recorded.digits().train.labels[first["index"]])
     assert first["images"].shape == (32, 32, 32, 3)
     assert first["dropout"][0].shape == (32, 32)
     assert first["stochastic_depth"][0].shape == (32, 2)
     for choice in ("index", "images", "stochastic_depth", "dropout", "mix"):
-        leaves = [jax.tree.leaves(step["choices"][choice]) for step in recorded]
+        leaves = [jax.tree.leaves(step["choices"][choice]) for step in steps]
         assert all((a != b).any() for a, b in zip(leaves[0], leaves[1], strict=True)), f"{choice} of two steps"
 
 
