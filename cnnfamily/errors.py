@@ -1,8 +1,8 @@
 """What can go wrong for a user, and how a command ends.
 
 Exit status of every command: 0 done; 1 a fault of ours (traceback); 2 wrong usage, config, data or weights, or a disk that
-fails; 3 the loss became non-finite; 130 interrupted and 143 asked to stop, both after saving. Of several processes that train
-one run, those that lose another one end with 1 as well, and one line.
+fails; 3 the loss became non-finite; 130 interrupted and 143 asked to stop, both after saving if there was anything to save. Of
+several processes of one run, those that lose another one end with 1 as well, and one line.
 """
 
 import argparse

@@ -44,13 +44,13 @@ def initialize() -> None:
     Raises:
       UsageError: started by hand, with a variable that is missing or no number.
     """
-    given = {}
-    if os.environ.get("JAX_NUM_PROCESSES"):
+    given, address = {}, os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    if os.environ.get("JAX_NUM_PROCESSES", "1") != "1":
         given = {"num_processes": _number("JAX_NUM_PROCESSES", 1), "process_id": _number("JAX_PROCESS_ID", 0)}
-        if not os.environ.get("JAX_COORDINATOR_ADDRESS") or given["process_id"] >= given["num_processes"]:
+        if ":" not in address or given["process_id"] >= given["num_processes"]:
             raise errors.UsageError(
-                f"JAX_NUM_PROCESSES={given['num_processes']}, JAX_PROCESS_ID={given['process_id']}, JAX_COORDINATOR_ADDRESS="
-                f"{os.environ.get('JAX_COORDINATOR_ADDRESS', '')}: expected an identity below the number, and a host:port"
+                f"JAX_NUM_PROCESSES={given['num_processes']}, JAX_PROCESS_ID={given['process_id']}, "
+                f"JAX_COORDINATOR_ADDRESS={address!r}: expected a process below the number, and HOST:PORT of process 0"
             )
     launched = any(int(os.environ.get(name) or 1) > 1 for name in _LAUNCHED)
     several = given.get("num_processes", 1) > 1 or launched or os.environ.get("CNNFAMILY_DISTRIBUTED") == "1"
@@ -103,8 +103,9 @@ def leave(error: BaseException) -> None:
     status = errors.conclude(error)
     if not isinstance(error, (errors.PeerLost, KeyboardInterrupt)) and jax.process_index() == 0:
         time.sleep(1)  # with this process the others lose their coordinator: if they found the same fault, they say so first
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a reader that went away
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 

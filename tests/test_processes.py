@@ -9,13 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import pytest
+import recorded
 from conftest import LENET, SHORT, mesh_of, short_config
-from test_step import batch_of, small_network, update_of
+from test_step import batch_of, small_network, twenty_steps, update_of
 from test_train import NO_CACHE, assert_equal_states, final_state, lines_without_timing
 
 from cnnfamily import checkpoint, errors, evaluate, parallel, processes, runlog, train
@@ -25,19 +27,22 @@ from cnnfamily.step import create_state
 
 # A training command in which process VICTIM gets a signal at a certain place: the N-th call of a method.
 STRUCK = """
-import os, sys
+import os, sys, time
 from cnnfamily import checkpoint, errors, train
 from cnnfamily.data import feed
 
 victim, place, count, signum = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 del sys.argv[1:5]
 places = {"step": (train.Report, "update"), "save": (checkpoint.Checkpoints, "save"), "test": (feed.TestFeed, "batches")}
+places["pause"] = places["step"]  # the other processes then wait in no collective
 original, calls = getattr(*places[place]), []
 
 def struck(*arguments, **keywords):
     calls.append(place)
     if len(calls) == count and int(os.environ["JAX_PROCESS_ID"]) == victim:
         os.kill(os.getpid(), signum)
+    elif len(calls) == count and place == "pause":
+        time.sleep(60)
     return original(*arguments, **keywords)
 
 setattr(*places[place], struck)
@@ -157,16 +162,31 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_next_start(at, finished,
         assert (ours.newest, ours.best) == (theirs.newest, theirs.best)
 
 
-@pytest.mark.parametrize(("victim", "place", "count"), [(1, "step", 30), (0, "save", 2)])
+@pytest.mark.parametrize(("victim", "place", "count"), [(1, "step", 30), (0, "pause", 30)])
 def test_a_process_that_dies_ends_the_other_with_one_line(victim, place, count, start, tmp_path):
-    """The coordinator's death makes native code abort; the other one's makes a collective or a barrier fail."""
+    """The second one's death makes a collective fail; the coordinator's makes native code write a page and abort."""
     ours = start(2, "-c", STRUCK, victim, place, count, int(signal.SIGKILL), *arguments(tmp_path / "run"))
     ours[victim].wait(timeout=120)
-    status, _, err = ends([ours[1 - victim]], within=60)[0]
+    status, _, err = ends([ours[1 - victim]], within=50)[0]
     assert (status, len(said(err))) == (1, 1), err
     assert said(err)[0].startswith("PeerLost: another process of this run has died (at step ")
     assert "the last checkpoint is from step 22;" in err
     assert checkpoint.newest_step(tmp_path / "run/checkpoints") == 22
+
+
+def test_native_code_that_aborts_is_still_heard(start):
+    """What it wrote comes through; only the page about a lost process becomes a line, however quickly the abort follows."""
+    code = """
+import ctypes, os
+from cnnfamily import processes
+processes._NativeErrors()
+os.write(2, (b"JAX distributed service detected fatal errors", b"Check failed: 1 == 2")[int(os.environ["JAX_PROCESS_ID"])])
+ctypes.CDLL(None).abort()
+"""
+    lost, broken = ends(start(2, "-c", code))
+    assert lost[0] == 1
+    assert lost[2] == "PeerLost: another process of this run has died; the same command goes on\n"
+    assert (broken[0], broken[2]) == (-signal.SIGABRT, "Check failed: 1 == 2")
 
 
 def test_a_second_ctrl_c_ends_at_once_even_while_another_process_hangs(start, tmp_path):
@@ -224,7 +244,7 @@ def test_a_signal_while_compiling_ends_at_once(start, tmp_path):
         ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two': expected a whole number of 1 or more"),
         ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID='': expected a whole number of 0 or more"),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRESS": "localhost:1"}, "JAX_PROCESS_ID=2"),
-        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "expected an identity below the number, and a host:port"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "expected a process below the number, and HOST:PORT"),
     ],
 )
 def test_wrong_variables_are_usage_errors(variables, expected, monkeypatch):
@@ -267,3 +287,19 @@ def test_every_test_example_counts_once_on_any_number_of_devices(finished):
         assert figure["test_examples"] == figure["ema_test_examples"] == 360
         assert figure["test_top1"] == figures[0]["test_top1"]
         assert figure == pytest.approx(finished[1].metrics, rel=1e-5)
+
+
+def test_two_processes_make_the_same_random_choices(start, x64, tmp_path):
+    """With two devices each and two micro-batches, against one process with one device: as the running step recorded them."""
+    file, script = tmp_path / "choices.npz", Path(recorded.__file__)
+    ours = ends(start(2, script, file, "example", 8, 2, devices=2))
+    assert [(status, said(err)) for status, _, err in ours] == [(0, []), (0, [])]
+    state, steps, _ = twenty_steps("example", 8, 1, 1)
+    expected, found = recorded.flat(state, steps), np.load(file)
+    assert expected.keys() == set(found.files)
+    assert sum(name.startswith("choice") for name in expected) == 20 * 8
+    for name, value in expected.items():
+        if name.startswith("choice"):
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+        else:
+            assert np.abs(found[name] - value).max() <= 1e-9 * max(np.abs(value).max(), 1e-6), name
