@@ -106,6 +106,8 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 epoch = step / train.steps_per_epoch
                 check_finite(metrics, ("test_loss", "ema_test_loss"), step, checkpoints.newest)
                 log.write(step, epoch, metrics)
+                if step == first_step:
+                    checkpoints.discard(step)  # it was saved without a rank
                 checkpoints.save(state, [], rank=metrics.get("ema_test_top1", metrics["test_top1"]))
                 runlog.draw_curves(workdir)
             return metrics
