@@ -156,16 +156,10 @@ class Checkpoints:
         return self._manager.best_step()
 
     def save(self, state: TrainState, pending: list[dict[str, float]], rank: float) -> None:
-        """Saves the state and the metrics of steps that have no line in the log yet; `rank` decides which is the best.
-
-        A save with a rank replaces one of the same step: that was made without, because its evaluation had been stopped.
-        """
+        """Saves the state and the metrics of steps that have no line in the log yet; `rank` decides which is the best."""
         step = int(state.step)
         if step == self._manager.latest_step():
-            if math.isnan(rank):
-                return
-            self._wait()
-            self._manager.delete(step)
+            return
         self._wait()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), pending=ocp.args.JsonSave(pending))
         self._saving = step
@@ -174,6 +168,11 @@ class Checkpoints:
                 raise FileNotFoundError  # Orbax would make it anew
             saved = self._manager.save(step, args=items, metrics={"rank": rank})
         assert saved, f"Orbax refuses to save step {step}, the newest is {self.newest}"
+
+    def discard(self, step: int) -> None:
+        """Deletes a checkpoint: Orbax saves no step twice, and one whose evaluation was stopped has no rank yet."""
+        self._wait()
+        self._manager.delete(step)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, list[dict[str, float]]]:
         """The state saved at `step`, with the shapes, types and placement of `like`, and the pending metrics."""

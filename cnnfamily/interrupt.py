@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -102,7 +101,7 @@ class Guard:
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, errors.Interrupted):
-            processes.leave(error)  # XLA goes on compiling in threads of its own, and Python's exit would wait for them
+            processes.leave(error)  # Python's exit would wait for what native threads are at: XLA's, Orbax's
         self._left.set()
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
@@ -111,7 +110,7 @@ class Guard:
             os.close(self._tells)
 
     def _receive(self, signum: int, frame) -> None:
-        raise errors.Interrupted(signum)
+        processes.leave(errors.Interrupted(signum))  # an exception could arise where it is only reported, as in a destructor
 
     def _listen(self) -> None:
         noted = False
@@ -122,7 +121,5 @@ class Guard:
             at_once = StopRequest.active is None or (noted and signum == signal.SIGINT)
             noted = True
             if at_once and not self._left.wait(1.0):
-                if sys.stdout.isatty():
-                    print("\x1b[?25h", end="", flush=True)  # a live line had hidden the cursor
                 processes.leave(errors.Interrupted(signum))
         os.close(self._hears)

@@ -29,7 +29,8 @@ _SIGNS_OF_LOSS = ("gloo", "nccl", "coordination service", "coordinationservice",
 _ABORT_FOR_LOSS = b"JAX distributed service detected fatal errors"
 
 _place = ""  # where the run is, for the line about a lost process
-_last_word = threading.Lock()  # taken once: the process ends with one line
+_last_word = threading.RLock()  # taken for good: the process ends with one line
+_leaving = False
 
 
 def note(step: int, saved: int | None) -> None:
@@ -99,11 +100,17 @@ def session() -> Iterator[None]:
 
 def leave(error: BaseException) -> None:
     """Ends this process with an error's line and status, once, whatever threads and exit handlers still wait for."""
+    global _leaving
     _last_word.acquire()
+    if _leaving:  # this very thread, in the handler of a signal that came meanwhile
+        return
+    _leaving = True
     status = errors.conclude(error)
     if not isinstance(error, (errors.PeerLost, KeyboardInterrupt)) and jax.process_index() == 0:
         time.sleep(1)  # with this process the others lose their coordinator: if they found the same fault, they say so first
     with contextlib.suppress(OSError):  # a reader that went away
+        if sys.stdout.isatty():
+            sys.stdout.write("\x1b[?25h")  # a live line hides the cursor
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)

@@ -110,6 +110,8 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 refuse_nonfinite(metrics, ("test_loss", "ema_test_loss"), step, state)
                 log.write(step, step / train.steps_per_epoch, metrics)
                 log.sync()
+                if step == first_step:
+                    checkpoints.discard(step)  # it was saved without a rank
                 checkpoints.save(state, [], rank=metrics.get("ema_test_top1", metrics["test_top1"]))
                 runlog.draw_curves(workdir)
             return metrics
