@@ -298,6 +298,8 @@ def _in_first_process(choose: Callable[[], int | None]) -> int | None:
             found = -1 if step is None else step
         except UsageError as caught:
             found, error = -2, caught
+        except OSError as caught:
+            found, error = -2, UsageError(f"{caught.filename} cannot be read: {disk.reason(caught)}")
     found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
     if found == -2:
         raise error or UsageError("the first process cannot use these checkpoints")

@@ -134,6 +134,14 @@ def test_without_a_good_one_it_is_one_line_and_nothing_is_moved(steps):
     assert tree(steps.parent) == before
 
 
+def test_checkpoints_that_cannot_be_read_are_one_line(steps, monkeypatch):
+    """Root may read everything, so the error is made."""
+    monkeypatch.setattr(checkpoint, "_entries", lambda directory: os.listdir(directory / "5" / "_CHECKPOINT_METADATA"))
+    for use in (Checkpoints, checkpoint.newest_step, step_of):
+        with pytest.raises(UsageError, match="_CHECKPOINT_METADATA cannot be read: Not a directory"):
+            use(steps)
+
+
 def test_what_is_no_checkpoint_does_not_matter(steps, capsys):
     (steps / "99" / "state").mkdir(parents=True)
     (steps / "120").write_text("")
