@@ -70,7 +70,9 @@ def fresh_state(config: ConfigDict, schedule: Callable | None = None) -> tuple[n
     resolution = config.data.resolution or config.model.resolution
     key = jax.random.key(config.seed, impl="threefry2x32")
     variables = models.initialize(network, key, resolution=resolution)
-    return network, optimizer, create_state(variables, optimizer, ema=config.ema.decay > 0)
+    # As one program: operation by operation the zeros of every shape are compiled apart, 2.3 s for EfficientNet-B0 against 0.6.
+    create = jax.jit(functools.partial(create_state, optimizer=optimizer, ema=config.ema.decay > 0))
+    return network, optimizer, create(variables)
 
 
 def load_run(workdir: str | Path, *, which: str = "newest") -> tuple[nn.Module, dict, ConfigDict]:

@@ -276,8 +276,8 @@ def draw_curves(workdir: Path) -> None:
     import matplotlib.figure  # slow to import, and pyplot would look for a display
 
     rows = read_metrics(workdir)
-    figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
-    loss, error = figure.subplots(1, 2)
+    figure = matplotlib.figure.Figure(figsize=(9, 3.6))  # margins by hand: a constrained layout draws everything twice
+    loss, error = figure.subplots(1, 2, gridspec_kw={"left": 0.07, "right": 0.99, "bottom": 0.13, "top": 0.84, "wspace": 0.18})
     curves = [("train", "0.6", "-"), ("test", "tab:blue", "-"), ("ema_test", "tab:orange", "--")]
     for name, color, style in curves:
         keys = ("epoch", f"{name}_loss", f"{name}_top1")
@@ -292,6 +292,9 @@ def draw_curves(workdir: Path) -> None:
         axes.set(xlabel="epoch", title=title)
         if axes.lines and min(min(line.get_ydata()) for line in axes.lines) > 0:
             axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
         axes.grid(alpha=0.3, which="both")
         if axes.lines:
             axes.legend(fontsize="small")

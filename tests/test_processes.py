@@ -132,7 +132,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(finished, start, 
     assert (result.step, result.metrics["test_examples"]) == (88, 360)
     assert result.metrics["test_top1"] == pytest.approx(finished[1].metrics["test_top1"], abs=0.03)
     assert [row["step"] for row in lines_without_timing(workdir)] == [row["step"] for row in lines_without_timing(finished[0])]
-    assert [session["devices"]["count"] for session in runlog.read_manifest(workdir)["sessions"]] == [2, 4]
+    assert [session["devices"]["count"] for session in runlog.read_manifest(workdir)["sessions"]] == [2, 8]
 
 
 @pytest.mark.parametrize("at", [44, 88])
