@@ -273,10 +273,10 @@ def another_command(rng: random.Random, setting: Setting, folder: Path) -> Case:
 
 
 MAKERS = (
-    (train_with_overrides, 40),
+    (train_with_overrides, 50),
     (train_with_junk, 15),
-    (train_with_a_mutated_config, 15),
-    (with_a_damaged_run, 20),
+    (train_with_a_mutated_config, 10),
+    (with_a_damaged_run, 15),
     (another_command, 10),
 )
 

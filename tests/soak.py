@@ -38,7 +38,7 @@ CONFIG = {
     "augment.mixup": 0.2,
     "augment.mix_group": 4,
     "total_epochs": 0.0,
-    "total_steps": 50,
+    "total_steps": 30,
     "optim.warmup_epochs": 0.1,
     "evaluate.every_epochs": 0.5,
     "checkpoint.every_steps": 4,

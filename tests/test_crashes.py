@@ -14,13 +14,12 @@ KILLED = Path(__file__).with_name("killed.py")
 MARKS = [
     ("start", (None,)),
     ("compile", (None,)),
-    ("step:3", (None,)),  # nothing saved yet: from the beginning
     ("save:4", (None, 4)),  # its files are being written
     ("step:10", (4, 8)),
     ("saved:11", (11,)),  # the evaluation is in the log and in the checkpoint, the curves are not drawn
     ("line:15", (11, 12)),  # in the middle of a line
     ("save:22", (20, 22)),
-    ("never", (50,)),
+    ("never", (30,)),
 ]
 
 
@@ -35,7 +34,7 @@ def test_killed_at_awkward_moments(tmp_path, monkeypatch):
         assert process.returncode == (0 if mark == "never" else -signal.SIGKILL), (mark, errors)
         if mark not in ("start", "compile"):  # it went on from the last checkpoint, to its mark
             steps = [int(line) for line in taken.read_text().split()]
-            last = 50 if mark == "never" else int(mark.split(":")[1])
+            last = 30 if mark == "never" else int(mark.split(":")[1])
             assert steps == list(range(previous + 1, last + 1)), mark
         saved = checkpoint.newest_step(workdir / "checkpoints") if workdir.exists() else None
         assert saved in possible, mark

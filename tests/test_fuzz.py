@@ -1,4 +1,4 @@
-"""Some hundred cases of `fuzz.py`, and that it finds what it looks for."""
+"""Two hundred cases of `fuzz.py`, and that it finds what it looks for."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ from cnnfamily import errors
 
 
 def test_bad_input_at_large(tmp_path):
-    ends, wrong = fuzz.fuzz(seed=2, numbers=range(150), folder=tmp_path)
+    ends, wrong = fuzz.fuzz(seed=2, numbers=range(200), folder=tmp_path)
     assert not wrong, "\n".join(wrong)
     kinds = {kind for kind, _ in ends}
     assert kinds == {"overrides", "command line", "config file", "damaged run", "summary", "predict", "evaluate"}
