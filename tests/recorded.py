@@ -33,7 +33,7 @@ def all_choices_on(form: str, group: int, micro_batches: int):
         "model.dtype": "float64",
         "model.norm_group": group,
         "model.stem_filters": 16,
-        "model.stages": ((6, 16, 2, 1, 3),),
+        "model.stages": ((6, 16, 1, 1, 3),),
         "model.head_filters": 32,
         "model.stochastic_depth": 0.5,
         "model.stochastic_depth_form": form,

@@ -27,7 +27,7 @@ from cnnfamily import checkpoint, evaluate, runlog
 
 # Everything on that a resumed run could get wrong, and saves at and between evaluations; it lasts seconds.
 CONFIG = {
-    "model.stages": ((6, 16, 2, 1, 3),),
+    "model.stages": ((6, 16, 1, 1, 3),),
     "model.stem_filters": 16,
     "model.head_filters": 32,
     "model.stochastic_depth": 0.3,

@@ -43,7 +43,7 @@ def test_killed_at_awkward_moments(tmp_path, monkeypatch):
     _, errors = reference.communicate(timeout=300)
     assert reference.returncode == 0, errors
     (expected, size), (found, _) = soak.outcome(tmp_path / "reference"), soak.outcome(workdir)
-    assert size > 100_000
+    assert size > 50_000
     assert soak.differences(expected, found) == []
     steps = [row["step"] for row in runlog.read_metrics(workdir) if "train_loss" in row]
     assert steps == sorted(set(steps)), "each step once"

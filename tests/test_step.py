@@ -104,7 +104,7 @@ def test_what_the_step_records(x64):
     np.testing.assert_array_equal(first["labels"], recorded.digits().train.labels[first["index"]])
     assert first["images"].shape == (32, 32, 32, 3)
     assert first["dropout"][0].shape == (32, 32)
-    assert first["stochastic_depth"][0].shape == (32, 2)
+    assert first["stochastic_depth"][0].shape == (32, 1)
     for choice in ("index", "images", "stochastic_depth", "dropout", "mix"):
         leaves = [jax.tree.leaves(step["choices"][choice]) for step in steps]
         assert all((a != b).any() for a, b in zip(leaves[0], leaves[1], strict=True)), f"{choice} of two steps"
@@ -183,10 +183,11 @@ def test_store_and_sent_images_give_the_same_update(x64):
 
 @pytest.mark.parametrize("form", ["example", "batch", "subset"])
 def test_the_step_of_efficientnet_b0_lowers_for_gpu_and_tpu(form):
-    """With averages and two micro-batches on eight devices: what cannot run here is at least known to compile to StableHLO."""
+    """With averages and micro-batches on eight devices: what cannot run here is at least known to compile to StableHLO."""
     config = configs.load_config("configs/efficientnet_b0.py", {"model.stochastic_depth_form": form})
-    if form != "example":  # the whole network once is enough
+    if form != "example":  # the whole network once is enough, without micro-batches, which have to be traced three times
         config.model.stages = config.model.stages[:2]
+    micro_batches = 1 if form == "example" else 2
     network = build(config.model)
     optimizer = optim.make_optimizer(config.optim, lambda step: 0.1)
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
@@ -197,8 +198,8 @@ def test_the_step_of_efficientnet_b0_lowers_for_gpu_and_tpu(form):
     objective = Objective(network.clone(axis_name="data"), normal, 0, mix, label_smoothing=0.1)
     step = functools.partial(train_step, objective=objective, optimizer=optimizer, ema_decay=0.9999, ema_warmup=True)
     update = parallel.map_over_devices(step, mesh_of(8), batch_axis=1, outputs=2, donate=True)
-    whole = {name: jax.ShapeDtypeStruct((2, 128), jnp.int32) for name in ("labels", "position", "index")}
-    batch = {"images": jax.ShapeDtypeStruct((2, 128, 224, 224, 3), jnp.uint8), **whole}
+    whole = {name: jax.ShapeDtypeStruct((micro_batches, 128), jnp.int32) for name in ("labels", "position", "index")}
+    batch = {"images": jax.ShapeDtypeStruct((micro_batches, 128, 224, 224, 3), jnp.uint8), **whole}
     exported = export.export(update, platforms=("cuda", "tpu"))(state, batch, {})
     assert (exported.platforms, exported.nr_devices) == (("cuda", "tpu"), 8)
     text = exported.mlir_module()
