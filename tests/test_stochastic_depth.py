@@ -374,3 +374,24 @@ def test_in_evaluation_all_blocks_run(form):
     survival = 1 - 0.9 if form != "subset" else 2 / 16
     scaled["params"]["stage1_block1"]["branch"]["norm2"]["scale"] *= survival
     np.testing.assert_allclose(at_test.apply(variables, images), plain.apply(scaled, images), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("resnet20_cifar", {"stage_sizes": (1,)}), ("efficientnet_b0", {"stages": ((1, 32, 1, 1, 3),)})]
+)
+def test_a_norm_group_stays_the_same_examples_in_a_subset(name, fields):
+    """Other images in the second half of the batch change nothing in the first, whose statistics are its own."""
+    depth = {"stochastic_depth": 0.5, "stochastic_depth_form": "subset", "stochastic_depth_schedule": "l/L"}
+    network = create_model(name, norm_group=8, stochastic_depth_group=8, **depth, **fields)
+    variables = initialize(network, jax.random.key(0), resolution=32)
+    images = np.random.default_rng(0).normal(size=(16, 32, 32, 3)).astype(np.float32)
+    other = np.concatenate([images[:8], 3 * images[8:] + 1])
+
+    @jax.jit
+    def train(images):
+        rngs = dict.fromkeys(("stochastic_depth", "dropout"), jax.random.key(1))
+        return network.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])[0]
+
+    one, two = train(images), train(other)
+    np.testing.assert_array_equal(one[:8], two[:8])
+    assert (one[8:] != two[8:]).any()
