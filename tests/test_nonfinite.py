@@ -18,7 +18,8 @@ from cnnfamily.step import Objective, create_state
 @functools.cache
 def prepared(form: str, micro_batches: int = 1):
     """A state, a batch of 8 on two devices, and a function of them that names the first part that is not finite."""
-    network = create_model("resnet20_cifar", stage_sizes=(1, 1), filters=4, stochastic_depth=0.3, stochastic_depth_form=form)
+    fields = {"norm_group": 2, "stochastic_depth": 0.3, "stochastic_depth_form": form}  # one device sees nothing of another
+    network = create_model("resnet20_cifar", stage_sizes=(1, 1), filters=4, **fields)
     mesh = mesh_of(2)
 
     def view(keys, images):  # one image of the global batch may be 255: the only one that overflows below
