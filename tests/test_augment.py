@@ -109,10 +109,11 @@ def test_padding_is_black_before_normalisation():
     assert (normalised[np.asarray(pixels) == 0] == -2).all()
 
 
-def test_negative_sizes_are_refused():
+@pytest.mark.parametrize("crop_padding", [-1, 6, 2**63])
+def test_sizes_outside_the_image_are_refused(crop_padding):
     keys = jax.random.split(jax.random.key(0), 2)
-    with pytest.raises(UsageError, match=r"crop_padding=-1 and augment\.shift=0; expected 0"):
-        augment(keys, random_images(2), crop_padding=-1)
+    with pytest.raises(UsageError, match=rf"crop_padding={crop_padding} and augment\.shift=0; expected 0 \(off\) to 5"):
+        augment(keys, random_images(2), crop_padding=crop_padding)
 
 
 # Mixing

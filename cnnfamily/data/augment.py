@@ -54,8 +54,11 @@ def augment(keys, images, *, crop_padding: int = 0, shift: int = 0, flip: bool =
 
     The order is crop, shift, flip. What happens to an image depends on its key alone, not on the others in the batch.
     """
-    if crop_padding < 0 or shift < 0:
-        raise UsageError(f"augment.crop_padding={crop_padding} and augment.shift={shift}; expected 0 (off) or more")
+    side = min(images.shape[1:3])
+    if not (0 <= crop_padding <= side and 0 <= shift <= side):
+        raise UsageError(
+            f"augment.crop_padding={crop_padding} and augment.shift={shift}; expected 0 (off) to {side}, the side of the images"
+        )
 
     def augment_one(key, image):
         if crop_padding:
