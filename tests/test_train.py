@@ -267,6 +267,22 @@ def test_another_config_in_the_directory_is_refused_and_nothing_is_lost(finished
     assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("seed", 1, "seed (0 there, 1 here)"),
+        ("batch_size", 32, "batch_size (64 there, 32 here)"),
+        ("data.source", "fake", "data.source ('digits' there, 'fake' here)"),
+        ("model.name", "lenet5_1998", "model.name ('lenet5' there, 'lenet5_1998' here)"),
+    ],
+)
+def test_what_changed_is_named(finished, key, value, named):
+    config = configs.load_config(LENET, SHORT | {"ema.decay": 0.95, key: value})
+    with pytest.raises(errors.UsageError) as refused:
+        train.run_training(config, finished[0], quiet=True)
+    assert named in str(refused.value)
+
+
 def test_other_data_under_the_same_name_is_refused(tmp_path):
     def save(shift):
         images = np.random.default_rng(shift).integers(0, 255, (64, 32, 32), np.uint8)
