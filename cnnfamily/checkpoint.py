@@ -186,7 +186,7 @@ def newest_step(directory: Path) -> int | None:
     Raises:
       UsageError: there are checkpoints, and all are damaged.
     """
-    return _in_first_process(lambda: _first_good(directory, sorted(_steps(directory), reverse=True))[0])
+    return _in_first_process(lambda: _newest_good(directory))
 
 
 def restore_state(directory: Path, like: TrainState, *, which: str) -> TrainState:
@@ -219,7 +219,7 @@ def resumable(workdir: Path) -> Iterator[None]:
     except disk.DiskError as error:
         step = None
         with contextlib.suppress(UsageError, OSError):
-            step = _first_good(workdir / "checkpoints", sorted(_steps(workdir / "checkpoints"), reverse=True))[0]
+            step = _newest_good(workdir / "checkpoints")
         there = f"the last checkpoint is from step {step}, and the same command goes on from there"
         none = f"there is no checkpoint in {workdir}, and the same command begins anew"
         raise UsageError(f"{error}; {none if step is None else there}") from error
@@ -257,6 +257,10 @@ def _rank_of(folder: Path) -> float:
         return _rank(json.loads((folder / "metrics" / "metrics").read_text()))
     except (OSError, ValueError, TypeError, AttributeError):
         return math.inf
+
+
+def _newest_good(directory: Path) -> int | None:
+    return _first_good(directory, sorted(_steps(directory), reverse=True))[0]
 
 
 def _first_good(directory: Path, steps: Iterable[int]) -> tuple[int | None, dict[int, str]]:

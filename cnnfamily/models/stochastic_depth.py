@@ -13,7 +13,8 @@ What `batch` saves, it saves on GPU and TPU for every network. On a CPU it does 
 once they are lowered (EfficientNet's: depthwise and 1x1, see `convolution`); other branches are computed there and then
 masked, for XLA's CPU compiler leaves the gradient of a convolution inside a conditional unoptimised. To write a 3x3 as nine
 matrix products in the conditional would lose more than it saves: 33 ms for 6.8 forward, 40 for 9.0 in the kernel's gradient
-(128x32x32x16; 15 for 2.8 and 23 for 7.3 at 128x16x16x32; float32, two Zen 5 cores, JAX 0.10.2, medians of 9).
+(128x32x32x16; 15 for 2.8 and 23 for 7.3 at 128x16x16x32; float32, two Zen 5 cores, JAX 0.10.2, medians of 9, beside
+other work).
 """
 
 import dataclasses
