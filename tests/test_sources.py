@@ -141,8 +141,8 @@ def test_npz_with_unusable_arrays(tmp_path, change, expected):
 def test_npz_file_missing_suggests_the_nearest(tmp_path):
     np.savez(tmp_path / "flowers.npz", **small_set())
     assert "flower.npz does not exist; did you mean 'flowers.npz'" in message(f"npz:{tmp_path / 'flower.npz'}")
-    assert message(f"npz:{tmp_path / 'unlike.h5'}").endswith("unlike.h5 does not exist")
-    assert message(f"npz:{tmp_path / 'no' / 'a.npz'}").endswith("a.npz does not exist, nor does its folder")
+    assert "unlike.h5 does not exist; expected data.source=npz:FILE" in message(f"npz:{tmp_path / 'unlike.h5'}")
+    assert "a.npz does not exist, nor does its folder; expected data.source" in message(f"npz:{tmp_path / 'no' / 'a.npz'}")
     assert message(f"npz:{tmp_path}").startswith(f"{tmp_path} is not a file")
 
 
