@@ -161,6 +161,9 @@ class Checkpoints:
         if step == self._manager.latest_step():
             return
         self._wait()
+        # A copy here, which the next step cannot overwrite: of arrays on several devices Orbax would save a slice from each,
+        # which compiles a program for every shape.
+        state = jax.tree.map(np.array, jax.device_get(state))
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), pending=ocp.args.JsonSave(pending))
         self._saving = step
         with self._writing():

@@ -64,6 +64,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
     schedule = optim.learning_rate_schedule(
         config.optim, total_steps=total_steps, steps_per_epoch=train.steps_per_epoch, batch_size=config.batch_size
     )
+    learning_rate = jax.jit(schedule)  # for the log; operation by operation it would compile ten programs
     network, optimizer, state = fresh_state(config, schedule)
     state = parallel.replicate(state, mesh)
     objective = Objective(
@@ -136,7 +137,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
 
             evaluates = step % evaluate_every == 0 or step == total_steps
             if evaluates or step % config.log.every_steps == 0:
-                line = average(pending) | {"learning_rate": float(schedule(step - 1))}
+                line = average(pending) | {"learning_rate": float(learning_rate(step - 1))}
                 timing = clock.restart()
                 log.write(step, epoch, line, timing)
                 pending = []

@@ -292,9 +292,9 @@ def test_every_test_example_counts_once_on_any_number_of_devices(finished):
 def test_two_processes_make_the_same_random_choices(start, x64, tmp_path):
     """With two devices each and two micro-batches, against one process with one device: as the running step recorded them."""
     file, script = tmp_path / "choices.npz", Path(recorded.__file__)
-    ours = ends(start(2, script, file, "example", 8, 2, devices=2))
+    ours = ends(start(2, script, file, "subset", 4, 2, devices=2))
     assert [(status, said(err)) for status, _, err in ours] == [(0, []), (0, [])]
-    state, steps, _ = twenty_steps("example", 8, 1, 1)
+    state, steps, _ = twenty_steps("subset", 4, 1, 1)
     expected, found = recorded.flat(state, steps), np.load(file)
     assert expected.keys() == set(found.files)
     assert sum(name.startswith("choice") for name in expected) == 20 * 8
