@@ -50,6 +50,7 @@ class Objective:
     seed: int
     mix: Callable | None = None
     label_smoothing: float = 0.0
+    aux_weight: float = 0.3  # of the loss of each auxiliary classifier, where the network has any
 
     def __call__(self, params: Any, state: TrainState, micro: dict[str, jax.Array], store: dict[str, jax.Array]):
         """The mean loss, and with it the new batch statistics, the top-1 share, and each random choice by name."""
@@ -70,9 +71,11 @@ class Objective:
                 "stochastic_depth": rng.step_key(self.seed, state.step, rng.STOCHASTIC_DEPTH),
                 "dropout": rng.step_key(self.seed, state.step, rng.DROPOUT),
             },
-            mutable=["batch_stats", "choices"],
+            mutable=["batch_stats", "choices", "aux_logits"],
         )
         loss = losses.cross_entropy(logits, targets).mean()
+        for auxiliary in jax.tree.leaves(updates.get("aux_logits", {})):
+            loss += self.aux_weight * losses.cross_entropy(auxiliary, targets).mean()
         top1 = losses.hits(logits, labels, 1).astype(jnp.float32).mean()
         return loss, (updates.get("batch_stats", {}), top1, choices | updates.get("choices", {}))
 

@@ -68,7 +68,12 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
     network, optimizer, state = fresh_state(config, schedule)
     state = parallel.replicate(state, mesh)
     objective = Objective(
-        network.clone(axis_name=parallel.AXIS), train.view, config.seed, train.mix, label_smoothing=config.label_smoothing
+        network.clone(axis_name=parallel.AXIS),
+        train.view,
+        config.seed,
+        train.mix,
+        label_smoothing=config.label_smoothing,
+        aux_weight=config.aux_weight,
     )
     step_function = functools.partial(
         train_step, objective=objective, optimizer=optimizer, ema_decay=config.ema.decay, ema_warmup=config.ema.warmup

@@ -28,6 +28,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.total_steps = 0
     config.label_smoothing = 0.0  # share of the target spread over all classes
 
+    config.aux_weight = 0.3  # of the loss of each auxiliary classifier; GoogLeNet with model.aux has two
+
     config.model = model_config(model)  # `name`, and every field of that network
 
     config.data = ConfigDict()

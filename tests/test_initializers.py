@@ -32,12 +32,19 @@ def test_he_fan_out(shape, groups, fan_out):
     assert abs(numbers).max() > 3.5 * std  # not truncated
 
 
+def test_normal():
+    numbers = np.asarray(initializers.normal(0.01)(jax.random.key(0), (100, 200), jnp.float32))
+    assert abs(numbers.mean()) < 5 * 0.01 / math.sqrt(20_000)
+    assert abs(numbers.std() - 0.01) < 5 * 0.01 / math.sqrt(40_000)
+
+
 @pytest.mark.parametrize(
     ("init", "shape", "bound"),
     [
         (initializers.uniform_fan_out, (300, 25), 1 / 5),
         (initializers.uniform_fan_in, (5, 5, 6, 40), 2.4 / 150),
         (initializers.uniform_fan_in, (120, 84), 2.4 / 120),
+        (initializers.torch_uniform(64), (7, 300), 1 / 8),
     ],
 )
 def test_uniform(init, shape, bound):

@@ -16,9 +16,12 @@ from cnnfamily.models.layers import (
     Conv,
     Linear,
     SqueezeExcite,
+    adaptive_average,
     check_images,
     choose,
     dropout,
+    local_response_norm,
+    max_pool,
 )
 
 
@@ -220,6 +223,61 @@ def test_batch_norm_groups_must_not_cut_a_device_in_the_middle():
 
 
 # Squeeze-and-excitation, dropout
+
+
+# Pooling and local response normalisation
+
+
+def image_of(rows):
+    return np.asarray(rows, np.float32)[None, :, :, None]
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "stride", "padding", "outputs"),
+    [  # of torch's MaxPool2d with ceil_mode=True, worked out by its rule
+        (112, 3, 2, 0, 56),
+        (7, 3, 2, 0, 3),  # fits exactly
+        (8, 3, 2, 0, 4),  # the last window hangs over by one
+        (5, 2, 2, 0, 3),
+        (3, 2, 2, 0, 2),
+        (5, 3, 1, 1, 5),
+        (2, 1, 3, 1, 1),  # a second window would start in the far padding
+    ],
+)
+def test_max_pool_sizes(size, window, stride, padding, outputs):
+    found = jax.eval_shape(lambda x: max_pool(x, window, stride, padding), jnp.zeros((1, size, size + stride, 2)))
+    assert found.shape[1:3] == (outputs, outputs + 1)
+
+
+def test_max_pool_values():
+    rows = [[1, 2, 3, 9], [4, 5, 6, -1], [7, 8, 0, -2], [-3, -4, -5, -6]]
+    np.testing.assert_array_equal(max_pool(image_of(rows), 3, 2)[0, ..., 0], [[8, 9], [8, 0]])
+    np.testing.assert_array_equal(max_pool(-image_of(rows), 3, 1, 1)[0, ..., 0][3], [4, 5, 6, 6])  # of what is there, no zeros
+
+
+def test_adaptive_average():
+    """Bins of 5 in 3: [0, 2), [1, 4), [3, 5); of 2 in 3: [0, 1), [0, 2), [1, 2)."""
+    x = np.arange(10, dtype=np.float32).reshape(1, 5, 2, 1)
+    rows = np.stack([x[0, 0:2].mean(0), x[0, 1:4].mean(0), x[0, 3:5].mean(0)])[..., 0]
+    expected = np.stack([rows[:, 0], rows.mean(1), rows[:, 1]], axis=1)
+    np.testing.assert_allclose(adaptive_average(x, 3)[0, ..., 0], expected, rtol=1e-6)
+    whole = draw(2, 7, 7, 3)
+    assert adaptive_average(whole, 7) is whole
+    np.testing.assert_allclose(adaptive_average(whole, 1)[:, 0, 0], whole.mean((1, 2)), atol=1e-6)
+    np.testing.assert_allclose(adaptive_average(draw(1, 1, 1, 3), 6), np.broadcast_to(draw(1, 1, 1, 3), (1, 6, 6, 3)))
+    # 14 in 4 as torchvision's GoogLeNet has it: not the paper's windows of 5 at a stride of 3.
+    ramp = np.broadcast_to(np.arange(14, dtype=np.float32)[:, None], (14, 14))
+    np.testing.assert_allclose(adaptive_average(image_of(ramp), 4)[0, :, 0, 0], [1.5, 4.5, 8.5, 11.5], rtol=1e-6)
+
+
+def test_local_response_norm():
+    x = draw(2, 3, 3, 7) * 30
+    expected = np.empty_like(x, np.float64)
+    for i in range(7):
+        neighbours = x[..., max(0, i - 2) : min(7, i + 3)].astype(np.float64)
+        expected[..., i] = x[..., i] / (2 + 1e-4 * (neighbours**2).sum(-1)) ** 0.75
+    np.testing.assert_allclose(local_response_norm(x), expected, rtol=1e-5)
+    assert local_response_norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_squeeze_excite():

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 import cnnfamily
 from cnnfamily.errors import UsageError
 from cnnfamily.models import NETWORKS, build, create_model, initialize, list_models, model_config
+from cnnfamily.models.googlenet import MODULES
 
 STREAMS = ("stochastic_depth", "dropout")
 
@@ -165,6 +166,9 @@ def test_everything_is_float64_if_asked(x64, name, fields):
 SMALL = {
     "lenet5": ("lenet5", {}),
     "lenet5_1998": ("lenet5_1998", {}),
+    "alexnet": ("alexnet", {"width": 0.125, "hidden": 512, "num_classes": 10}),
+    "vgg": ("vgg11", {"width": 0.125, "hidden": 512, "pooled": 2, "num_classes": 10, "stage_sizes": (1, 2)}),
+    "googlenet": ("googlenet", {"width": 0.25, "num_classes": 10, "modules": MODULES[2:3]}),
     "resnet": ("resnet20_cifar", {"depth": 0.34}),
     "efficientnet": ("efficientnet_b0", {"stages": ((1, 8, 1, 1, 3), (6, 8, 2, 2, 5)), "width": 0.5, "num_classes": 10}),
 }
@@ -176,7 +180,8 @@ def small(request):
     """`train(images, position)`: logits and gradients of a small network in training."""
     name, fields = SMALL[request.param]
     network = create_model(name, **fields)
-    variables = initialize(network, jax.random.key(0), resolution=32)
+    pixels = 64 if name == "alexnet" else 32
+    variables = initialize(network, jax.random.key(0), resolution=pixels)
     rngs = dict.fromkeys(STREAMS, jax.random.key(1))
 
     @jax.jit
@@ -190,7 +195,7 @@ def small(request):
 
         return jax.grad(loss, has_aux=True)(variables["params"])[::-1]
 
-    images = np.random.default_rng(0).normal(size=(BATCH, 32, 32, network.in_channels)).astype(np.float32)
+    images = np.random.default_rng(0).normal(size=(BATCH, pixels, pixels, network.in_channels)).astype(np.float32)
     return request.param, train, images
 
 

@@ -1,5 +1,6 @@
 """Parameters and multiply-adds, exact to the last one, and the command that prints them."""
 
+import ast
 import json
 
 import jax
@@ -18,6 +19,18 @@ from cnnfamily.summary import summarize
 NETWORKS = {
     "lenet5": (61_706, 416_520),
     "lenet5_1998": (60_000, 325_680),  # LeCun et al. 1998, section II-B; multiply-adds by hand in test_lenet.py
+    "alexnet": (61_100_840, 714_188_480),
+    "alexnet_2012": (60_965_224, 724_406_816),
+    "vgg11": (132_863_336, 7_609_090_048),
+    "vgg11_bn": (132_868_840, 7_609_090_048),
+    "vgg13": (133_047_848, 11_308_466_176),
+    "vgg13_bn": (133_053_736, 11_308_466_176),
+    "vgg16": (138_357_544, 15_470_264_320),
+    "vgg16_bn": (138_365_992, 15_470_264_320),
+    "vgg19": (143_667_240, 19_632_062_464),
+    "vgg19_bn": (143_678_248, 19_632_062_464),
+    "googlenet": (6_624_904, 1_498_376_192),
+    "googlenet_paper": (6_998_552, 1_582_671_872),
     "resnet18": (11_689_512, 1_814_073_344),
     "resnet34": (21_797_672, 3_663_761_408),
     "resnet50": (25_557_032, 4_089_184_256),
@@ -55,6 +68,10 @@ NETWORKS = {
 # (name, fields, pixels) -> the same, from the same counter.
 CHANGED = {
     ("lenet5_1998", "output=linear", 32): (60_850, 326_520),
+    ("alexnet_2012", "groups=1", 227): (62_378_344, 1_135_256_096),
+    ("googlenet", "aux=True", 224): (13_004_888, 1_506_748_416),
+    ("googlenet", "kernel=5", 224): (7_005_832, 1_582_671_872),
+    ("googlenet_paper", "aux=True", 224): (13_378_280, 1_591_044_096),
     ("resnet20_cifar", "shortcut=B", 32): (272_474, 40_813_184),
     ("resnet32_cifar", "shortcut=B", 32): (466_906, 69_124_736),
     ("resnet44_cifar", "shortcut=B", 32): (661_338, 97_436_288),
@@ -85,7 +102,8 @@ def test_counts(name):
 @pytest.mark.parametrize(("name", "fields", "pixels"), [pytest.param(*row, marks=slow(row[0])) for row in CHANGED])
 def test_counts_of_changed_networks(name, fields, pixels):
     overrides = dict(field.split("=") for field in fields.split())
-    overrides = {key: float(value) if value[0].isdigit() else value for key, value in overrides.items()}
+    words = ("A", "B", "linear")
+    overrides = {key: value if value in words else ast.literal_eval(value) for key, value in overrides.items()}
     found = summarize(create_model(name, **overrides), resolution=pixels)
     assert (found.params, found.macs, found.resolution) == (*CHANGED[name, fields, pixels], pixels)
 

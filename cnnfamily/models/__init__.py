@@ -10,18 +10,24 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from cnnfamily.errors import UsageError, unknown
-from cnnfamily.models import efficientnet, lenet, resnet
+from cnnfamily.models import alexnet, efficientnet, googlenet, lenet, resnet, vgg
 from cnnfamily.models.layers import parameter_dtype_of
 
 # name -> (module class, the fields in which this variant differs from the class's defaults)
 NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **lenet.VARIANTS,
+    **alexnet.VARIANTS,
+    **vgg.VARIANTS,
     **resnet.VARIANTS,
+    **googlenet.VARIANTS,
     **efficientnet.VARIANTS,
 }
 _NOT_CONFIG = ("parent", "name", "axis_name")  # linen's own, and what only the training loop knows
-_MAY_BE_ZERO = ("norm_group", "se_ratio", "se_reduction", "dropout", "stochastic_depth", "norm_momentum")
-_BELOW_ONE = ("dropout", "stochastic_depth", "norm_momentum")
+_MAY_BE_ZERO = (
+    *("norm_group", "se_ratio", "se_reduction", "stem_padding"),
+    *("dropout", "aux_dropout", "stochastic_depth", "norm_momentum"),
+)
+_BELOW_ONE = ("dropout", "aux_dropout", "stochastic_depth", "norm_momentum")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -103,11 +109,12 @@ def _frozen(value: Any) -> Any:
 
 
 def _like(value: Any, example: Any) -> bool:
-    """Whether a value has the type of the example, and an item of a tuple that of the example's first."""
+    """Whether a value has the type of the example, an item of a tuple that of its first, and a row its types place by place."""
     if type(value) is not type(example):
         return False
     if not isinstance(value, tuple) or not example:
         return True
     if isinstance(example[0], tuple):
-        return all(_like(item, example[0]) and len(item) == len(example[0]) for item in value) and bool(value)
-    return all(type(item) is type(example[0]) for item in value) and bool(value)
+        types = [type(item) for item in example[0]]
+        return bool(value) and all(isinstance(row, tuple) and [type(item) for item in row] == types for row in value)
+    return bool(value) and all(type(item) is type(example[0]) for item in value)

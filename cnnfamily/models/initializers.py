@@ -63,6 +63,16 @@ def uniform_fan_in(key, shape, dtype):
     return symmetric_uniform(key, shape, dtype, 2.4 / math.prod(shape[:-1]))
 
 
+def torch_uniform(fan_in: int):
+    """Uniform in +-1 / sqrt(fan-in): what torch gives the kernels and the biases of convolutions and linear layers."""
+    return lambda key, shape, dtype: symmetric_uniform(key, shape, dtype, 1 / math.sqrt(fan_in))
+
+
+def normal(deviation: float):
+    """Normal with this standard deviation and mean 0."""
+    return lambda key, shape, dtype: np.asarray(deviation, dtype) * _random("normal", key, shape, dtype)
+
+
 def symmetric_uniform(key, shape, dtype, bound):
     """Uniform in +-bound; `bound` may be an array that broadcasts to `shape`."""
     return np.asarray(2 * bound, dtype) * (_random("uniform", key, shape, dtype) - np.asarray(0.5, dtype))

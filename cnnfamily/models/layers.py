@@ -68,6 +68,7 @@ class Conv(nn.Module):
     groups: int = 1
     bias: bool = False
     kernel_init: Callable | None = None
+    bias_init: Callable = initializers.zeros
     dtype: str = "float32"
 
     @nn.compact
@@ -87,7 +88,7 @@ class Conv(nn.Module):
             groups=self.groups,
         )
         if self.bias:
-            bias = parameter(self, "bias", initializers.zeros, (self.filters,), parameter_dtype)
+            bias = parameter(self, "bias", self.bias_init, (self.filters,), parameter_dtype)
             y = y + bias.astype(self.dtype)
         return y
 
@@ -97,13 +98,14 @@ class Linear(nn.Module):
 
     units: int
     kernel_init: Callable = initializers.uniform_fan_out
+    bias_init: Callable = initializers.zeros
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x):
         parameter_dtype = parameter_dtype_of(self.dtype)
         kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.units), parameter_dtype)
-        bias = parameter(self, "bias", initializers.zeros, (self.units,), parameter_dtype)
+        bias = parameter(self, "bias", self.bias_init, (self.units,), parameter_dtype)
         return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
 
 
@@ -185,6 +187,48 @@ class SqueezeExcite(nn.Module):
         mean = x.mean(axis=(1, 2), keepdims=True, dtype=parameter_dtype_of(self.dtype))
         hidden = self.activation(Conv(self.squeezed, 1, bias=True, dtype=self.dtype, name="reduce")(mean))
         return x * self.gate(Conv(x.shape[-1], 1, bias=True, dtype=self.dtype, name="expand")(hidden))
+
+
+def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
+    """Maxima of square windows; the last window of a row need not lie wholly inside (torch's `ceil_mode`).
+
+    The windows start inside the image or its padding on the near side: one that would lie in the far padding alone is left out.
+    """
+    edges = []
+    for size in x.shape[1:3]:
+        windows = -(-(size + 2 * padding - window) // stride) + 1
+        if (windows - 1) * stride >= size + padding:
+            windows -= 1
+        edges.append((padding, max(0, (windows - 1) * stride + window - size - padding)))
+    return nn.max_pool(x, (window, window), (stride, stride), padding=edges)
+
+
+def adaptive_average(x: jax.Array, size: int) -> jax.Array:
+    """Means over `size` x `size` bins that cover the image: bin i of n pixels is [floor(i n / size), ceil((i + 1) n / size)).
+
+    torch's `adaptive_avg_pool2d`. Bins overlap where `size` does not divide n; where n is `size`, x is returned.
+    """
+    if x.shape[1:3] == (size, size):
+        return x
+
+    def bins(pixels: int) -> np.ndarray:
+        rows = np.zeros((size, pixels))
+        for i in range(size):
+            start, stop = i * pixels // size, -((i + 1) * pixels // -size)
+            rows[i, start:stop] = 1 / (stop - start)
+        return rows.astype(x.dtype)
+
+    return jnp.einsum("bhwc,ih,jw->bijc", x, bins(x.shape[1]), bins(x.shape[2]))
+
+
+def local_response_norm(x: jax.Array, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0) -> jax.Array:
+    """x / (k + alpha * sum of the squares of `size` neighbouring channels)^beta, Krizhevsky et al. 2012, section 3.3.
+
+    The paper's alpha is used as it stands; Caffe's and torch's layers divide theirs by `size`.
+    """
+    squares = jnp.pad(jnp.square(x), ((0, 0), (0, 0), (0, 0), (size // 2, size // 2)))
+    total = sum(squares[..., i : i + x.shape[-1]] for i in range(size))
+    return x * (k + alpha * total) ** -beta
 
 
 def dropout(network: nn.Module, x: jax.Array, rate: float, position: jax.Array) -> jax.Array:
