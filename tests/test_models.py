@@ -205,6 +205,8 @@ def test_every_parameter_is_used(small):
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         # The last bias of a linear bottleneck without shortcut meets only linear maps until a batch norm removes it.
         removed = path[0].key.endswith("block1") and path[-2].key == "project_norm" and path[-1].key == "bias"
+        # A maximum of nine normalised values is positive, so ReLU passes all of it on and the next norm removes the bias.
+        removed |= [key.key for key in path] == ["conv3", "norm", "bias"]
         assert (float(abs(grad).max()) < 1e-5) is removed, jax.tree_util.keystr(path)
 
 
