@@ -130,9 +130,16 @@ def digits(config: ConfigDict, *, epochs: float) -> None:
             "log": {"every_steps": 1437 // 64},  # once an epoch
         }
     )
-    if "norm_group" in config.model:
-        config.model.norm_group = 0  # one group: 64 examples
-        config.model.norm_momentum = 0.9  # the papers' 0.99 lags behind in a run this short
+    model = config.model
+    if "norm_group" in model:
+        model.norm_group = 0  # one group: 64 examples
+        model.norm_momentum = 0.9  # the papers' 0.99 lags behind in a run this short
+    if "hidden" in model and "filters" in model:  # AlexNet: its strides leave nothing of 32 pixels
+        config.data.resolution = 64
+    if "pooled" in model:  # VGG: one value a channel, as is usual for small images
+        model.pooled = 1
+    if "hidden" in model:
+        model.hidden = 512  # AlexNet's and VGG's 4096 are nearly all of their parameters
 
 
 def smoke(config: ConfigDict) -> None:
@@ -155,3 +162,9 @@ def smoke(config: ConfigDict) -> None:
         model.update({"width": 0.25, "depth": 0.5, "stages": model.stages[:3]})
     elif "stage_sizes" in model:
         model.update({"width": 0.25, "stage_sizes": (1, 1)})
+    elif "modules" in model:  # GoogLeNet: with its first auxiliary classifier
+        model.update({"width": 0.25, "modules": tuple(row for row in model.modules if row[0] in ("3a", "4a"))})
+    if "hidden" in model:  # AlexNet and VGG
+        model.update({"width": 0.25, "hidden": 256})
+    if "hidden" in model and "filters" in model:  # AlexNet: its strides leave nothing of 32 pixels
+        config.data.update({"source": "fake:n=64,size=64,channels=3,classes=10", "resolution": 64})

@@ -6,7 +6,9 @@ from 0.
     python -m cnnfamily.train --config=configs/resnet50_imagenet.py:digits   # the embedded digits at 32 pixels
     python -m cnnfamily.train --config=configs/resnet50_imagenet.py:smoke    # a shrunken network, seconds
 
-Torchvision's first weights, of a recipe close to this, have 76.13 % top-1. What is not here of it: random-resized crops.
+Torchvision's first weights, of a recipe close to this, have 76.13 % top-1. What is not here of it: random-resized crops. The
+forms of the paper without files of their own, with the stride on the first convolution and without shortcuts, train with
+`--config.model.name=resnet50_v1` or `plain34`.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +17,12 @@ from configs import default
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    config = default.get_config("resnet50")
+    return make("resnet50", arg)
+
+
+def make(name: str, arg: str) -> ConfigDict:
+    """The recipe for a residual network."""
+    config = default.get_config(name)
     config.update(
         {
             "batch_size": 1024,
