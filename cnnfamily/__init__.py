@@ -6,7 +6,8 @@
     step.py      the mathematics of one update; losses.py, optim.py and rng.py belong to it
     train.py     the loop; parallel.py (devices), processes.py and interrupt.py (how several start and all end), checkpoint.py,
                  runlog.py, disk.py, nonfinite.py and progress.py serve it
-    evaluate.py  figures of a run; summary.py counts; scaling.py width, depth and resolution; config.py reads configs/
+    evaluate.py  figures of a run; summary.py counts, published.py what papers print; scaling.py width, depth and resolution;
+                 config.py reads configs/
 
 Imports run one way: models know nothing of training, and the step knows no disk.
 """
