@@ -1,11 +1,13 @@
 """cnnfamily: the classic convolutional networks in JAX and Flax, exact to their papers, trained by one loop.
 
     models/      the networks: layers.py, one file a family; convolution.py chooses how a convolution is computed
-    data/        sources.py (what images), batches.py (which, when), augment.py (changed how), feed.py (onto the devices)
+    data/        sources.py (what images), batches.py (which, when), augment.py (changed how), feed.py (onto the devices);
+                 preprocessing.py (what images go through before a network with published weights)
     step.py      the mathematics of one update; losses.py, optim.py and rng.py belong to it
     train.py     the loop; parallel.py (devices), processes.py and interrupt.py (how several start and all end), checkpoint.py,
                  runlog.py, disk.py, nonfinite.py and progress.py serve it
-    evaluate.py  figures of a run; summary.py counts; scaling.py width, depth and resolution; config.py reads configs/
+    evaluate.py  figures of a run; summary.py counts, published.py what papers print; scaling.py width, depth and resolution;
+                 config.py reads configs/
 
 Imports run one way: models know nothing of training, and the step knows no disk.
 """
@@ -23,6 +25,8 @@ _PUBLIC = {
     "load_config": "config",
     "run_training": "train",
     "load_run": "evaluate",
+    "preprocess": "data.preprocessing",
+    "imagenet_classes": "data.preprocessing",
 }
 __all__ = list(_PUBLIC)
 __version__ = "0.1.0"

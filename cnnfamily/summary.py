@@ -1,5 +1,7 @@
 """Parameters and multiply-adds of a network, from shapes alone: `python -m cnnfamily.summary [MODEL ...] [--layers] [--json]`.
 
+Beside them stands what its paper prints, with the source (`published.py`).
+
 The convention is that of the papers' tables: a parameter is anything trained (batch statistics are not); a multiply-add is one
 weight of a convolution or linear layer used at one output position, padded positions included, biases, normalisation and
 activations not.
@@ -16,6 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from cnnfamily import errors
 from cnnfamily.models import create_model, list_models
+from cnnfamily.published import FIELDS, NOTHING, PUBLISHED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +88,25 @@ def main(argv: list[str]) -> None:
         names += list_models(pattern) or [pattern]  # a name that matches nothing is an error of create_model
     summaries = [summarize(name) for name in dict.fromkeys(names)]
     if arguments.json:
-        rows = [dataclasses.asdict(summary) for summary in summaries]
-        if not arguments.layers:
-            rows = [{key: value for key, value in row.items() if key != "layers"} for row in rows]
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([_row(summary, layers=arguments.layers) for summary in summaries], indent=1))
         return
-    print(f"{'network':<24}{'pixels':>7}{'parameters':>14}{'multiply-adds':>17}")
+    print(f"{'':<54}{'published':>9}")
+    print(f"{'network':<20}{'pixels':>7}{'parameters':>12}{'multiply-adds':>15}{'params':>9}{'macs':>7}{'top-1':>8}  source")
     for summary in summaries:
-        print(f"{summary.name:<24}{summary.resolution:>7}{summary.params:>14,}{summary.macs:>17,}")
+        params, macs, top1, source = PUBLISHED.get(summary.name, NOTHING)
+        ours = f"{summary.name:<20}{summary.resolution:>7}{summary.params:>12,}{summary.macs:>15,}"
+        print(f"{ours}{params:>9}{macs:>7}{top1:>8}  {source}")
         for layer in summary.layers if arguments.layers else ():
             shape = "x".join(map(str, layer.output))
             print(f"  {layer.name:<36}{layer.kind:<16}{shape:>14}{layer.params:>12,}{layer.macs:>16,}")
+
+
+def _row(summary: Summary, *, layers: bool) -> dict:
+    """What `--json` gives of a network: our counts, what is published as it is printed, and the layers if asked for."""
+    row = dataclasses.asdict(summary)
+    found = row.pop("layers")
+    published = zip(FIELDS, PUBLISHED.get(summary.name, NOTHING), strict=True)
+    return row | {f"published_{key}": value for key, value in published} | ({"layers": found} if layers else {})
 
 
 if __name__ == "__main__":

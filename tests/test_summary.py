@@ -1,6 +1,7 @@
 """Parameters and multiply-adds, exact to the last one, and the command that prints them."""
 
 import ast
+import dataclasses
 import json
 
 import jax
@@ -11,6 +12,7 @@ from flax import linen as nn
 from cnnfamily import summary
 from cnnfamily.errors import UsageError
 from cnnfamily.models import create_model, initializers, list_models
+from cnnfamily.published import PUBLISHED
 from cnnfamily.summary import summarize
 
 # name -> parameters, multiply-adds at the network's own resolution. Where torchvision 0.29.1 has the network, parameters are
@@ -158,7 +160,17 @@ def test_json_output(capsys):
     summary.main(["resnet18", "lenet5*", "resnet18", "--json"])
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == ["resnet18", "lenet5", "lenet5_1998"]
-    assert rows[0] == {"name": "resnet18", "resolution": 224, "params": 11_689_512, "macs": 1_814_073_344}
+    assert rows[0] == {
+        "name": "resnet18",
+        "resolution": 224,
+        "params": 11_689_512,
+        "macs": 1_814_073_344,
+        "published_params": "-",
+        "published_macs": "1.8B",
+        "published_top1": "-",
+        "published_source": "He et al. 2015, Table 1",
+    }
+    assert [rows[1][f"published_{key}"] for key in ("params", "macs", "top1", "source")] == ["-"] * 4
     summary.main(["lenet5", "--json", "--layers"])
     (row,) = json.loads(capsys.readouterr().out)
     assert row["layers"][0] == {"name": "c1", "kind": "Conv", "output": [28, 28, 6], "params": 156, "macs": 117_600}
@@ -167,9 +179,25 @@ def test_json_output(capsys):
 def test_text_output(capsys):
     summary.main(["lenet5", "--layers"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["lenet5", "32", "61,706", "416,520"]
+    assert lines[2].split() == ["lenet5", "32", "61,706", "416,520", "-", "-", "-", "-"]
     assert lines[-1].split() == ["classifier", "Linear", "10", "850", "840"]
-    assert len(lines) == 2 + 5
+    assert len(lines) == 3 + 5
+
+
+def test_text_output_has_the_published_figures_in_120_columns(monkeypatch, capsys):
+    summary.main(["resnet20_cifar"])
+    found = capsys.readouterr().out.splitlines()[2]
+    assert found.endswith("    0.27M      -   91.25  He et al. 2015, Table 6")
+    largest = summary.Summary("", 1000, 999_999_999, 99_999_999_999, ())
+    monkeypatch.setattr(summary, "summarize", lambda name: dataclasses.replace(largest, name=name))
+    monkeypatch.setattr(summary, "list_models", lambda pattern: list(PUBLISHED))  # of the networks still to come too
+    summary.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(PUBLISHED)
+    assert max(map(len, lines)) <= 120
+    for line in lines[2:]:
+        name, *_, source = line.split(maxsplit=7)  # else a column touches its neighbour
+        assert source == PUBLISHED[name][3]
 
 
 def test_errors():
