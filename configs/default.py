@@ -140,6 +140,8 @@ def digits(config: ConfigDict, *, epochs: float) -> None:
         model.pooled = 1
     if "hidden" in model:
         model.hidden = 512  # AlexNet's and VGG's 4096 are nearly all of their parameters
+    if not model.get("batch_norm", "hidden" not in model):
+        config.optim.learning_rate = 5e-4  # without batch norm the other one is too much
 
 
 def smoke(config: ConfigDict) -> None:
