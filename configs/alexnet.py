@@ -2,7 +2,7 @@
 https://papers.nips.cc/paper/4824.
 
     python -m cnnfamily.train --config=configs/alexnet.py          # ImageNet; needs a source that is not read yet
-    python -m cnnfamily.train --config=configs/alexnet.py:digits   # the embedded digits at 64 pixels
+    python -m cnnfamily.train --config=configs/alexnet.py:digits   # the embedded digits at 68 pixels
     python -m cnnfamily.train --config=configs/alexnet.py:smoke    # a shrunken network, seconds
 
 Torchvision's weights have 56.5 % top-1, the paper's network (`alexnet_2012`) 59.3 %. The paper divides the learning rate by 10

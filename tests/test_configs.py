@@ -91,6 +91,55 @@ def test_cifar_resnets_have_the_settings_of_their_paper(layers):
     assert float(rate(200)) == pytest.approx(0.05 if layers == 110 else 0.1)
 
 
+# Batch, epochs, optimizer, peak rate for so many examples, momentum, decay, and the share of the rate left after some epochs.
+PAPERS = {
+    # Krizhevsky et al. 2012, section 5: "reduced three times", "roughly 90 cycles"; the epochs are ours.
+    "alexnet": (128, 90, "sgd", 0.01, 128, 0.9, 5e-4, {29.9: 1, 30.1: 0.1, 60.1: 0.01, 89.9: 0.001}),
+    # Simonyan and Zisserman 2014, section 3.1: "decreased 3 times", 74 epochs; the epochs are ours.
+    "vgg16": (256, 74, "sgd", 0.01, 256, 0.9, 5e-4, {24.9: 1, 25.1: 0.1, 45.1: 0.01, 73.9: 0.001}),
+    # Szegedy et al. 2014, section 6: 4 % every 8 epochs; rate, batch, decay and epochs are ours.
+    "googlenet": (256, 250, "sgd", 0.01, 32, 0.9, 1e-4, {8.1: 0.96, 16.1: 0.96**2, 80.1: 0.96**10}),
+    # Goyal et al. 2017, section 5.1.
+    "resnet50_imagenet": (1024, 90, "sgd", 0.1, 256, 0.9, 1e-4, {29.9: 1, 30.1: 0.1, 60.1: 0.01, 80.1: 0.001}),
+    # Hu et al. 2018, section 5.
+    "se_resnet50": (1024, 100, "sgd", 0.6, 1024, 0.9, 1e-4, {29.9: 1, 30.1: 0.1, 60.1: 0.01, 90.1: 0.001}),
+}
+FOLLOWERS = {
+    "alexnet": ("alexnet_2012",),
+    "vgg16": ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16_bn", "vgg19", "vgg19_bn"),
+    "googlenet": ("googlenet_paper",),
+    "resnet50_imagenet": (
+        *("resnet18_imagenet", "resnet34_imagenet", "resnet101_imagenet", "resnet152_imagenet"),
+        *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
+    ),
+    "se_resnet50": ("se_resnet18", "se_resnet34", "se_resnet101", "se_resnet152"),
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "file"), [(source, file) for source in PAPERS for file in (source, *FOLLOWERS.get(source, ()))]
+)
+def test_recipes_have_the_settings_of_their_papers(source, file):
+    batch, epochs, name, rate, reference, momentum, decay, shares = PAPERS[source]
+    config = configs.load_config(f"configs/{file}.py")
+    assert config.model.name == file.removesuffix("_imagenet")
+    assert (config.batch_size, config.total_epochs, config.data.source) == (batch, epochs, "tfds:imagenet2012")
+    assert (config.optim.name, config.optim.momentum, config.optim.weight_decay) == (name, momentum, decay)
+    steps = 1000  # an epoch
+    schedule = optim.learning_rate_schedule(
+        config.optim, total_steps=int(epochs * steps), steps_per_epoch=steps, batch_size=reference
+    )
+    assert {epoch: float(schedule(int(epoch * steps))) for epoch in shares} == pytest.approx(
+        {epoch: rate * share for epoch, share in shares.items()}, rel=1e-5
+    )
+
+
+def test_the_auxiliary_classifiers_have_the_weight_of_their_paper():
+    """Szegedy et al. 2014, section 5: 0.3; dropout 40 % before the classifier and 70 % in the auxiliary ones."""
+    config = configs.load_config("configs/googlenet_paper.py")
+    assert (config.model.aux, config.aux_weight, config.model.dropout, config.model.aux_dropout) == (True, 0.3, 0.4, 0.7)
+
+
 def test_stochastic_depth_has_the_settings_of_its_code():
     config = configs.load_config("configs/resnet110_stochastic_depth.py")
     assert (config.model.stochastic_depth, config.model.stochastic_depth_schedule) == (0.5, "l/L")

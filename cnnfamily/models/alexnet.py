@@ -30,10 +30,11 @@ PAIRED = (1, 3, 4)  # the second, fourth and fifth convolution see only the maps
 
 
 class AlexNet(nn.Module):
-    """For images `[batch, height, width, in_channels]` of 64 pixels or more; logits `[batch, num_classes]`, float32.
+    """For images `[batch, height, width, in_channels]`; logits `[batch, num_classes]`, float32.
 
-    With `train=True` it needs the random stream `dropout`, and `position` `[batch]`, the places of the examples in the global
-    batch (default: 0, 1, ...). Of other sizes than the network's own the last maps are averaged to 6 x 6, as in torchvision.
+    Images have 63 pixels or more, 67 without `stem_padding`. With `train=True` it needs the random stream `dropout`, and
+    `position` `[batch]`, the places of the examples in the global batch (default: 0, 1, ...). Of other sizes than the network's
+    own the last maps are averaged to 6 x 6, as in torchvision.
     """
 
     num_classes: int = 1000
@@ -54,7 +55,7 @@ class AlexNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, position: jax.Array | None = None) -> jax.Array:
-        check_images(images, self.in_channels, smallest=64)
+        check_images(images, self.in_channels, smallest=67 - 2 * self.stem_padding)
         position = jnp.arange(images.shape[0]) if position is None else position
         activation = choose("activation", self.activation, ACTIVATIONS)
         dropped = choose("dropout_on", self.dropout_on, ("inputs", "outputs"))
