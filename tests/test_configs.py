@@ -98,6 +98,19 @@ def test_stochastic_depth_has_the_settings_of_its_code():
     assert (config.total_epochs, config.optim.boundaries_epochs, config.optim.nesterov) == (500.0, (250.0, 375.0), True)
 
 
+IMAGENET = 1_281_167
+
+
+def test_mobilenet_v1_has_the_settings_of_its_code():
+    """mobilenet_v1_train.py and mobilenet_v1.py: SGD, 0.045 for 64 times 0.94 every 2.5 epochs; decay 4e-5; dropout 0.001."""
+    config = configs.load_config("configs/mobilenet_v1.py")
+    assert (config.optim.name, config.optim.momentum, config.optim.weight_decay) == ("sgd", 0.0, 4e-5)
+    assert (config.model.dropout, config.model.norm_epsilon, config.model.padding) == (0.001, 1e-3, "same")
+    steps = IMAGENET // 64
+    rate = optim.learning_rate_schedule(config.optim, total_steps=200 * steps, steps_per_epoch=steps, batch_size=64)
+    assert [float(rate(epoch * steps)) for epoch in (0, 2, 3, 6)] == pytest.approx([0.045 * 0.94**i for i in (0, 0, 1, 2)])
+
+
 def test_a_config_holds_only_what_differs():
     """A file that copied the defaults would not follow them."""
     for file in FILES:

@@ -53,6 +53,11 @@ def he_fan_out(groups: int):
     return init
 
 
+def normal(stddev: float):
+    """Normal with mean 0; torchvision's MobileNets and VGG have a deviation of 0.01 in their linear layers."""
+    return lambda key, shape, dtype: np.asarray(stddev, dtype) * _random("normal", key, shape, dtype)
+
+
 def uniform_fan_out(key, shape, dtype):
     """Uniform in +-1 / sqrt(units), the classifier's in the EfficientNet code; `shape` is `[inputs, units]`."""
     return symmetric_uniform(key, shape, dtype, 1 / math.sqrt(shape[-1]))
