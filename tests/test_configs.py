@@ -111,6 +111,19 @@ def test_mobilenet_v1_has_the_settings_of_its_code():
     assert [float(rate(epoch * steps)) for epoch in (0, 2, 3, 6)] == pytest.approx([0.045 * 0.94**i for i in (0, 0, 1, 2)])
 
 
+def test_mobilenet_v2_has_the_settings_of_its_paper():
+    """Section 6.1: RMSProp 0.9, 0.9; 0.045 for a worker's batch of 96; decay 4e-5. slim's README: 8 workers, 0.98 every 2.5
+    epochs, 700,000 steps, label smoothing 0.1, averages 0.9999; its train_image_classifier.py has epsilon 1.0."""
+    config = configs.load_config("configs/mobilenet_v2.py")
+    assert (config.optim.name, config.optim.momentum, config.optim.beta2, config.optim.epsilon) == ("rmsprop", 0.9, 0.9, 1.0)
+    assert (config.optim.weight_decay, config.label_smoothing, config.ema.decay) == (4e-5, 0.1, 0.9999)
+    assert (config.batch_size, config.model.norm_group, config.model.dropout) == (8 * 96, 96, 0.2)
+    steps = IMAGENET // 768
+    assert config.total_epochs * steps == pytest.approx(700_000, rel=1e-2)
+    rate = optim.learning_rate_schedule(config.optim, total_steps=420 * steps, steps_per_epoch=steps, batch_size=768)
+    assert [float(rate(epoch * steps)) for epoch in (0, 2, 3, 6)] == pytest.approx([0.36 * 0.98**i for i in (0, 0, 1, 2)])
+
+
 def test_a_config_holds_only_what_differs():
     """A file that copied the defaults would not follow them."""
     for file in FILES:

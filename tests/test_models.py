@@ -153,6 +153,7 @@ def test_shapes_and_dtypes_at_full_depth(name):
         ("lenet5_1998", {"output": "linear"}),
         ("resnet20_cifar", {"depth": 0.1, "shortcut": "A_average", "se_reduction": 4}),
         ("mobilenet_v1", {"depth": 0.1}),
+        ("mobilenet_v2", {"depth": 0.1}),
         ("efficientnet_b0", {"depth": 0.1}),
     ],
 )
@@ -168,8 +169,12 @@ SMALL = {
     "lenet5": ("lenet5", {}),
     "lenet5_1998": ("lenet5_1998", {}),
     "resnet": ("resnet20_cifar", {"depth": 0.34}),
-    # Not with ReLU: it hands on a scale, which the depthwise convolution keeps to its channel and the next norm removes.
+    # MobileNets not with ReLU: it hands on a scale, which the depthwise convolution keeps to its channel and a norm removes.
     "mobilenet_v1": ("mobilenet_v1", {"stages": ((8, 2, 2),), "activation": "silu", "num_classes": 10, "dropout": 0.2}),
+    "mobilenet_v2": (
+        "mobilenet_v2",
+        {"stages": ((1, 8, 1, 1), (6, 8, 2, 2)), "activation": "silu", "num_classes": 10, "stochastic_depth": 0.2},
+    ),
     "efficientnet": ("efficientnet_b0", {"stages": ((1, 8, 1, 1, 3), (6, 8, 2, 2, 5)), "width": 0.5, "num_classes": 10}),
 }
 BATCH = 8

@@ -10,7 +10,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from cnnfamily.errors import UsageError, unknown
-from cnnfamily.models import efficientnet, lenet, mobilenet_v1, resnet
+from cnnfamily.models import efficientnet, lenet, mobilenet_v1, mobilenet_v2, resnet
 from cnnfamily.models.layers import parameter_dtype_of
 
 # name -> (module class, the fields in which this variant differs from the class's defaults)
@@ -18,6 +18,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **lenet.VARIANTS,
     **resnet.VARIANTS,
     **mobilenet_v1.VARIANTS,
+    **mobilenet_v2.VARIANTS,
     **efficientnet.VARIANTS,
 }
 _NOT_CONFIG = ("parent", "name", "axis_name")  # linen's own, and what only the training loop knows
