@@ -124,6 +124,19 @@ def test_mobilenet_v2_has_the_settings_of_its_paper():
     assert [float(rate(epoch * steps)) for epoch in (0, 2, 3, 6)] == pytest.approx([0.36 * 0.98**i for i in (0, 0, 1, 2)])
 
 
+@pytest.mark.parametrize("size", ["large", "small"])
+def test_mobilenet_v3_has_the_settings_of_torchvision(size):
+    """references/classification/README.md: 8 workers of 128, RMSProp, 0.064 times 0.973 every 2 epochs, decay 1e-5; train.py
+    has momentum 0.9, alpha 0.9 and epsilon 0.0316 outside the root, which is 0.001 inside."""
+    config = configs.load_config(f"configs/mobilenet_v3_{size}.py")
+    assert (config.model.name, config.model.norm_momentum, config.model.dropout) == (f"mobilenet_v3_{size}", 0.99, 0.2)
+    assert (config.optim.name, config.optim.momentum, config.optim.beta2, config.optim.epsilon) == ("rmsprop", 0.9, 0.9, 1e-3)
+    assert (config.optim.weight_decay, config.batch_size, config.model.norm_group) == (1e-5, 8 * 128, 128)
+    steps = IMAGENET // 1024
+    rate = optim.learning_rate_schedule(config.optim, total_steps=600 * steps, steps_per_epoch=steps, batch_size=1024)
+    assert [float(rate(epoch * steps)) for epoch in (0, 1, 2, 5)] == pytest.approx([0.064 * 0.973**i for i in (0, 0, 1, 2)])
+
+
 def test_a_config_holds_only_what_differs():
     """A file that copied the defaults would not follow them."""
     for file in FILES:

@@ -43,6 +43,8 @@ NETWORKS = {
     "resnet1202_cifar": (19_421_274, 2_829_238_912),
     "mobilenet_v1": (4_231_976, 568_740_352),
     "mobilenet_v2": (3_504_872, 300_774_272),
+    "mobilenet_v3_large": (5_483_032, 216_589_760),
+    "mobilenet_v3_small": (2_542_856, 56_510_400),
     # Tan and Le 2019, Table 2: 5.3M 0.39B, 7.8M 0.70B, 9.2M 1.0B, 12M 1.8B, 19M 4.2B, 30M 9.9B, 43M 19B, 66M 37B.
     "efficientnet_b0": (5_288_548, 385_814_752),
     "efficientnet_b1": (7_794_184, 686_802_832),

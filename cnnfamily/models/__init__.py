@@ -10,7 +10,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from cnnfamily.errors import UsageError, unknown
-from cnnfamily.models import efficientnet, lenet, mobilenet_v1, mobilenet_v2, resnet
+from cnnfamily.models import efficientnet, lenet, mobilenet_v1, mobilenet_v2, mobilenet_v3, resnet
 from cnnfamily.models.layers import parameter_dtype_of
 
 # name -> (module class, the fields in which this variant differs from the class's defaults)
@@ -19,6 +19,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **resnet.VARIANTS,
     **mobilenet_v1.VARIANTS,
     **mobilenet_v2.VARIANTS,
+    **mobilenet_v3.VARIANTS,
     **efficientnet.VARIANTS,
 }
 _NOT_CONFIG = ("parent", "name", "axis_name")  # linen's own, and what only the training loop knows
@@ -105,11 +106,12 @@ def _frozen(value: Any) -> Any:
 
 
 def _like(value: Any, example: Any) -> bool:
-    """Whether a value has the type of the example, and an item of a tuple that of the example's first."""
+    """Whether a value has the type of the example, an item of a tuple that of its first, a cell of a row that of its column."""
     if type(value) is not type(example):
         return False
     if not isinstance(value, tuple) or not example:
         return True
     if isinstance(example[0], tuple):
-        return all(_like(item, example[0]) and len(item) == len(example[0]) for item in value) and bool(value)
+        columns = [type(cell) for cell in example[0]]
+        return all(isinstance(row, tuple) and [type(cell) for cell in row] == columns for row in value) and bool(value)
     return all(type(item) is type(example[0]) for item in value) and bool(value)
