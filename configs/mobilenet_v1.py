@@ -5,6 +5,8 @@ https://github.com/tensorflow/models/blob/master/research/slim/nets/mobilenet_v1
     python -m cnnfamily.train --config=configs/mobilenet_v1.py:smoke    # a shrunken network, seconds
     python -m cnnfamily.train --config=configs/mobilenet_v1.py          # ImageNet; needs a source that is not read yet
 
+`:digits` gives 99.2 % of the 360 test digits (seed 0 alone) after 24 epochs.
+
 The paper has 70.6 % top-1 on ImageNet: 68.4, 63.7 and 50.6 % with `model.width` 0.75, 0.5 and 0.25; 69.1, 67.2 and 64.4 % with
 `data.resolution` 192, 160 and 128, which is its resolution multiplier times 224.
 

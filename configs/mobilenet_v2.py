@@ -5,6 +5,8 @@ authors report 72.0 %: https://github.com/tensorflow/models/blob/master/research
     python -m cnnfamily.train --config=configs/mobilenet_v2.py:smoke    # a shrunken network, seconds
     python -m cnnfamily.train --config=configs/mobilenet_v2.py          # ImageNet; needs a source that is not read yet
 
+`:digits` gives 98.6 % of the 360 test digits (seed 0 alone) after 24 epochs.
+
 The paper has 72.0 % top-1 on ImageNet, and 74.7 % with `model.width` 1.4; torchvision's weights have 71.88 %, from SGD at 0.045
 for 256, times 0.98 every epoch, 300 epochs. What is not here of the recipe: Inception's crops and changes of colour. What
 differs from the authors' code: batch norm's epsilon (1e-5; theirs 1e-3) and padding (symmetric; theirs "same"), which are

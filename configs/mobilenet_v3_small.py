@@ -4,6 +4,8 @@
     python -m cnnfamily.train --config=configs/mobilenet_v3_small.py:smoke    # a shrunken network, seconds
     python -m cnnfamily.train --config=configs/mobilenet_v3_small.py          # ImageNet
 
+`:digits` gives 98.6 % of the 360 test digits (seed 0 alone) after 24 epochs.
+
 Torchvision's weights have 67.67 % top-1 on ImageNet, the paper 67.4 %.
 """
 
