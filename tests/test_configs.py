@@ -147,6 +147,45 @@ def test_stochastic_depth_has_the_settings_of_its_code():
     assert (config.total_epochs, config.optim.boundaries_epochs, config.optim.nesterov) == (500.0, (250.0, 375.0), True)
 
 
+IMAGENET = 1_281_167
+
+
+def test_mobilenet_v1_has_the_settings_of_its_code():
+    """mobilenet_v1_train.py and mobilenet_v1.py: SGD, 0.045 for 64 times 0.94 every 2.5 epochs; decay 4e-5; dropout 0.001."""
+    config = configs.load_config("configs/mobilenet_v1.py")
+    assert (config.optim.name, config.optim.momentum, config.optim.weight_decay) == ("sgd", 0.0, 4e-5)
+    assert (config.model.dropout, config.model.norm_epsilon, config.model.padding) == (0.001, 1e-3, "same")
+    steps = IMAGENET // 64
+    rate = optim.learning_rate_schedule(config.optim, total_steps=200 * steps, steps_per_epoch=steps, batch_size=64)
+    assert [float(rate(epoch * steps)) for epoch in (0, 2, 3, 6)] == pytest.approx([0.045 * 0.94**i for i in (0, 0, 1, 2)])
+
+
+def test_mobilenet_v2_has_the_settings_of_its_paper():
+    """Section 6.1: RMSProp 0.9, 0.9; 0.045 for a worker's batch of 96; decay 4e-5. slim's README: 8 workers, 0.98 every 2.5
+    epochs, 700,000 steps, label smoothing 0.1, averages 0.9999; its train_image_classifier.py has epsilon 1.0."""
+    config = configs.load_config("configs/mobilenet_v2.py")
+    assert (config.optim.name, config.optim.momentum, config.optim.beta2, config.optim.epsilon) == ("rmsprop", 0.9, 0.9, 1.0)
+    assert (config.optim.weight_decay, config.label_smoothing, config.ema.decay) == (4e-5, 0.1, 0.9999)
+    assert (config.batch_size, config.model.norm_group, config.model.dropout) == (8 * 96, 96, 0.2)
+    steps = IMAGENET // 768
+    assert config.total_epochs * steps == pytest.approx(700_000, rel=1e-2)
+    rate = optim.learning_rate_schedule(config.optim, total_steps=420 * steps, steps_per_epoch=steps, batch_size=768)
+    assert [float(rate(epoch * steps)) for epoch in (0, 2, 3, 6)] == pytest.approx([0.36 * 0.98**i for i in (0, 0, 1, 2)])
+
+
+@pytest.mark.parametrize("size", ["large", "small"])
+def test_mobilenet_v3_has_the_settings_of_torchvision(size):
+    """references/classification/README.md: 8 workers of 128, RMSProp, 0.064 times 0.973 every 2 epochs, decay 1e-5; train.py
+    has momentum 0.9, alpha 0.9 and epsilon 0.0316 outside the root, which is 0.001 inside."""
+    config = configs.load_config(f"configs/mobilenet_v3_{size}.py")
+    assert (config.model.name, config.model.norm_momentum, config.model.dropout) == (f"mobilenet_v3_{size}", 0.99, 0.2)
+    assert (config.optim.name, config.optim.momentum, config.optim.beta2, config.optim.epsilon) == ("rmsprop", 0.9, 0.9, 1e-3)
+    assert (config.optim.weight_decay, config.batch_size, config.model.norm_group) == (1e-5, 8 * 128, 128)
+    steps = IMAGENET // 1024
+    rate = optim.learning_rate_schedule(config.optim, total_steps=600 * steps, steps_per_epoch=steps, batch_size=1024)
+    assert [float(rate(epoch * steps)) for epoch in (0, 1, 2, 5)] == pytest.approx([0.064 * 0.973**i for i in (0, 0, 1, 2)])
+
+
 def test_a_config_holds_only_what_differs():
     """A file that copied the defaults would not follow them."""
     for file in FILES:

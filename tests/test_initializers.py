@@ -33,9 +33,12 @@ def test_he_fan_out(shape, groups, fan_out):
 
 
 def test_normal():
-    numbers = np.asarray(initializers.normal(0.01)(jax.random.key(0), (100, 200), jnp.float32))
-    assert abs(numbers.mean()) < 5 * 0.01 / math.sqrt(20_000)
-    assert abs(numbers.std() - 0.01) < 5 * 0.01 / math.sqrt(40_000)
+    numbers = np.asarray(initializers.normal(0.01)(jax.random.key(0), (512, 100), jnp.float32), np.float64)
+    n = numbers.size
+    assert numbers.shape == (512, 100)
+    assert abs(numbers.mean()) < 5 * 0.01 / math.sqrt(n)
+    assert abs(numbers.std() - 0.01) < 5 * 0.01 / math.sqrt(2 * n)
+    assert abs(numbers).max() > 0.035  # not truncated
 
 
 @pytest.mark.parametrize(

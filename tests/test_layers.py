@@ -100,6 +100,15 @@ def test_parameters_stay_float32(layer):
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),  # at -4, -3, -1, 0, 1, 3, 4: relu6(x + 3) / 6, and x times it
+    [("hard_sigmoid", [0, 0, 1 / 3, 1 / 2, 2 / 3, 1, 1]), ("hard_swish", [0, 0, -1 / 3, 0, 2 / 3, 3, 4])],
+)
+def test_hard_activations(name, expected):
+    x = jnp.array([-4.0, -3.0, -1.0, 0.0, 1.0, 3.0, 4.0])
+    np.testing.assert_allclose(layers.ACTIVATIONS[name](x), expected, rtol=1e-6)
+
+
 # Batch normalisation
 
 SCALE, BIAS = np.array([1.5, -0.5], np.float32), np.array([0.25, 2.0], np.float32)

@@ -10,7 +10,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from cnnfamily.errors import UsageError, unknown
-from cnnfamily.models import alexnet, efficientnet, googlenet, lenet, resnet, vgg
+from cnnfamily.models import alexnet, efficientnet, googlenet, lenet, mobilenet_v1, mobilenet_v2, mobilenet_v3, resnet, vgg
 from cnnfamily.models.layers import parameter_dtype_of
 
 # name -> (module class, the fields in which this variant differs from the class's defaults)
@@ -20,6 +20,9 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **vgg.VARIANTS,
     **resnet.VARIANTS,
     **googlenet.VARIANTS,
+    **mobilenet_v1.VARIANTS,
+    **mobilenet_v2.VARIANTS,
+    **mobilenet_v3.VARIANTS,
     **efficientnet.VARIANTS,
 }
 _NOT_CONFIG = ("parent", "name", "axis_name")  # linen's own, and what only the training loop knows

@@ -53,6 +53,11 @@ def he_fan_out(groups: int):
     return init
 
 
+def normal(stddev: float):
+    """Normal with mean 0; torchvision's MobileNets and VGG have a deviation of 0.01 in their linear layers."""
+    return lambda key, shape, dtype: np.asarray(stddev, dtype) * _random("normal", key, shape, dtype)
+
+
 def uniform_fan_out(key, shape, dtype):
     """Uniform in +-1 / sqrt(units), the classifier's in the EfficientNet code; `shape` is `[inputs, units]`."""
     return symmetric_uniform(key, shape, dtype, 1 / math.sqrt(shape[-1]))
@@ -66,11 +71,6 @@ def uniform_fan_in(key, shape, dtype):
 def torch_uniform(fan_in: int):
     """Uniform in +-1 / sqrt(fan-in): what torch gives the kernels and the biases of convolutions and linear layers."""
     return lambda key, shape, dtype: symmetric_uniform(key, shape, dtype, 1 / math.sqrt(fan_in))
-
-
-def normal(deviation: float):
-    """Normal with this standard deviation and mean 0."""
-    return lambda key, shape, dtype: np.asarray(deviation, dtype) * _random("normal", key, shape, dtype)
 
 
 def symmetric_uniform(key, shape, dtype, bound):

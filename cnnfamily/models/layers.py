@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu6": nn.relu6,
     "silu": nn.silu,
     "hard_swish": nn.hard_swish,
+    "hard_sigmoid": nn.hard_sigmoid,
     "tanh": jnp.tanh,
     "sigmoid": nn.sigmoid,
     "identity": lambda x: x,
