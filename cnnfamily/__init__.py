@@ -5,6 +5,7 @@
     step.py      the mathematics of one update; losses.py, optim.py and rng.py belong to it
     train.py     the loop; parallel.py (devices), processes.py and interrupt.py (how several start and all end), checkpoint.py,
                  runlog.py, disk.py, nonfinite.py and progress.py serve it
+    weights.py   published weights in and out; naming.py has torch's names, convert.py finds where two networks part
     evaluate.py  figures of a run; summary.py counts; scaling.py width, depth and resolution; config.py reads configs/
 
 Imports run one way: models know nothing of training, and the step knows no disk.
@@ -23,6 +24,8 @@ _PUBLIC = {
     "load_config": "config",
     "run_training": "train",
     "load_run": "evaluate",
+    "load_pretrained": "weights",
+    "state_dict": "weights",
 }
 __all__ = list(_PUBLIC)
 __version__ = "0.1.0"
