@@ -14,6 +14,8 @@ import numpy as np
 import cnnfamily
 from cnnfamily import naming
 
+RESIDUAL = ("BasicBlock", "Bottleneck", "MBConv", "InvertedResidual", "DepthwiseSeparableConv")  # torchvision's and timm's
+
 
 def import_torchvision():
     """torchvision; beside a torch without its compiled operators by way of `torchvision_cpu`, where that exists."""
@@ -42,13 +44,19 @@ def has_random_weights(network):
         norm.running_mean.copy_(mean + 0.3 * var.sqrt() * draw(f"{name}.running_mean", mean.shape))
 
     norms = {name: module for name, module in network.named_modules() if hasattr(module, "running_mean")}
+    # Branches that weigh as much as the shortcut amplify rounding, torch's own too: 330 times in ResNet-152, and
+    # trained networks are not so. The last norm of a branch is drawn smaller.
+    blocks = [name for name, module in network.named_modules() if type(module).__name__ in RESIDUAL]
+    last = {[name for name in norms if name.startswith(f"{block}.") and "downsample" not in name][-1] for block in blocks}
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if parameter.ndim > 1:
                 parameter.copy_(draw(name, parameter.shape) * (2 * parameter.shape[0] / parameter.numel()) ** 0.5)
             else:
-                of_norm = name.rpartition(".")[0] in norms and name.endswith("weight")
-                parameter.copy_(of_norm + 0.2 * draw(name, parameter.shape))
+                module, _, leaf = name.rpartition(".")
+                scale = 0.3 if module in last else 1.0
+                centre = scale if module in norms and leaf == "weight" else 0.0
+                parameter.copy_(centre + 0.2 * scale * draw(name, parameter.shape))
         hooks = [norm.register_forward_pre_hook(functools.partial(set_statistics, name)) for name, norm in norms.items()]
         network.eval()(draw("images", (4, 3, 160, 160)))
         for hook in hooks:
