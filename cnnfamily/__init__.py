@@ -6,6 +6,7 @@
     step.py      the mathematics of one update; losses.py, optim.py and rng.py belong to it
     train.py     the loop; parallel.py (devices), processes.py and interrupt.py (how several start and all end), checkpoint.py,
                  runlog.py, disk.py, nonfinite.py and progress.py serve it
+    weights.py   published weights in and out; naming.py has torch's names, convert.py finds where two networks part
     evaluate.py  figures of a run; summary.py counts, published.py what papers print; scaling.py width, depth and resolution;
                  config.py reads configs/
 
@@ -27,6 +28,8 @@ _PUBLIC = {
     "load_run": "evaluate",
     "preprocess": "data.preprocessing",
     "imagenet_classes": "data.preprocessing",
+    "load_pretrained": "weights",
+    "state_dict": "weights",
 }
 __all__ = list(_PUBLIC)
 __version__ = "0.1.0"
