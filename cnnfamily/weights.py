@@ -52,9 +52,8 @@ def load_pretrained(
         network = network.clone(**overrides)
     source = "the state dict" if isinstance(file, Mapping) else str(file)
     tensors = tidy(file, source) if isinstance(file, Mapping) else read_weights(file)
-    fit = min(
-        (_fit(network, scheme, tensors, "num_classes" in overrides) for scheme in naming.SCHEMES), key=lambda fit: fit.faults
-    )
+    fits = [_fit(network, scheme, tensors, "num_classes" in overrides) for scheme in naming.schemes_of(network)]
+    fit = min(fits, key=lambda fit: fit.faults)
     if fit.faults:
         raise UsageError(f"{source} does not fit {name}: {fit.describe()}{_resembling(tensors, name, fit)}")
     for note in fit.notes:
@@ -197,7 +196,8 @@ def _resembling(tensors: dict[str, np.ndarray], name: str, fit: _Fit) -> str:
     keys = {key for key, _ in arrays}
 
     def expected(other: str) -> list[set[tuple[str, tuple[int, ...]]]]:
-        leaves = (naming.torch_leaves(create_model(other), scheme) for scheme in naming.SCHEMES)
+        candidate = create_model(other)
+        leaves = (naming.torch_leaves(candidate, scheme) for scheme in naming.schemes_of(candidate))
         return [{(key, leaf.torch_shape) for key, leaf in each.items()} for each in leaves]
 
     def common(other: str) -> int:
