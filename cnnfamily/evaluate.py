@@ -1,4 +1,7 @@
-"""Evaluation: `python -m cnnfamily.evaluate --workdir=DIR` gives a training run's last figures again."""
+"""Evaluation: `python -m cnnfamily.evaluate --workdir=DIR` gives a training run's last figures again.
+
+`--model=NAME --weights=FILE --config=FILE.py [--config.KEY=VALUE ...]` evaluates published weights on the data of a config.
+"""
 
 import functools
 import json
@@ -10,7 +13,8 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from cnnfamily import checkpoint, errors, interrupt, losses, models, optim, parallel, processes, runlog
+from cnnfamily import checkpoint, errors, interrupt, losses, models, optim, parallel, processes, runlog, weights
+from cnnfamily import config as configs
 from cnnfamily.data import feed
 from cnnfamily.step import TrainState, create_state, eval_step
 
@@ -106,13 +110,41 @@ def evaluate_run(workdir: str | Path, *, which: str = "newest") -> dict[str, flo
     return {"step": int(state.step), **evaluate_state(evaluator, state)}
 
 
+def evaluate_weights(file: str, config: ConfigDict) -> dict[str, float | int]:
+    """The figures of the weights in a file (as `load_pretrained` takes it) on the test split of a config's data.
+
+    The network is that of `config.model`; errors as `load_pretrained`.
+    """
+    mesh = parallel.data_mesh()
+    network, _, state = fresh_state(config)
+    _, variables = weights.load_pretrained(network, file)
+    state = parallel.replicate(state.replace(**variables, ema={}), mesh)
+    evaluator = make_evaluator(network, feed.TestFeed(feed.load_data(config), config, mesh), state)
+    return evaluate_state(evaluator, state)
+
+
 def main(argv: list[str]) -> None:
     parser = errors.argument_parser("cnnfamily.evaluate", __doc__)
-    parser.add_argument("--workdir", required=True, help="the directory of a training run")
+    parser.add_argument("--workdir", help="the directory of a training run")
     parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--model", metavar="NAME", help="a network with published weights")
+    parser.add_argument("--weights", metavar="FILE", help=".safetensors, .pth, or hf:OWNER/REPO")
+    parser.add_argument("--config", metavar="FILE.py[:ARG]", help="whose data to evaluate the weights on")
+    arguments, rest = parser.parse_known_args(argv)
+    published = (arguments.model, arguments.weights, arguments.config)
+    if any(published) if arguments.workdir else not all(published):
+        parser.error("expected --workdir, or --model, --weights and --config")
+    overrides = {"model.name": arguments.model}
+    for argument in rest:
+        key, equals, value = argument.removeprefix("--config.").partition("=")
+        if arguments.workdir or not argument.startswith("--config.") or not equals:
+            parser.error(f"unrecognized argument {argument}")
+        overrides[key] = value
     with processes.session():
-        metrics = evaluate_run(arguments.workdir, which=arguments.checkpoint)
+        if arguments.workdir:
+            metrics = evaluate_run(arguments.workdir, which=arguments.checkpoint)
+        else:
+            metrics = evaluate_weights(arguments.weights, configs.load_config(arguments.config, overrides))
         if jax.process_index() == 0:
             print(json.dumps(metrics))
 

@@ -3,7 +3,7 @@
 A family contributes one function `FAMILY(network, scheme, paths) -> {path: name}`: `paths` are the paths of the network's
 modules in order of execution ("stage1_block1/branch/conv1"), a name is the torch module's ("layer1.0.conv1"), or a `TorchName`
 for a linear layer whose inputs torch orders otherwise. Every module that owns parameters needs a name; a block may have one,
-which then can be compared too (see `convert`).
+which then can be compared too (see `convert`). A scheme that does not have the network gets no names at all: {}.
 """
 
 import dataclasses
@@ -89,6 +89,12 @@ def torch_leaves(network: nn.Module, scheme: str) -> dict[str, Leaf]:
     assert len(leaves) == len(shapes), "two arrays with one torch name"
     order = {pair: i for i, pair in enumerate((path, name) for path in paths for name in LEAVES)}
     return dict(sorted(leaves.items(), key=lambda item: order["/".join(item[1].path[1:-1]), item[1].path[-1]]))
+
+
+def schemes_of(network: nn.Module) -> list[str]:
+    """The schemes that have this network; errors as `torch_leaves`."""
+    _, paths = _shapes(network)
+    return [scheme for scheme in SCHEMES if torch_names(network, scheme, paths)]
 
 
 def torch_names(network: nn.Module, scheme: str, paths: list[str]) -> dict[str, TorchName]:

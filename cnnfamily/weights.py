@@ -26,7 +26,7 @@ def load_pretrained(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network with the weights of a file: `network.apply(variables, images)`.
 
-    Where `num_classes` is given and the file has another number, the classifier is drawn anew (from key 0). A first
+    Where `num_classes` is given here and the file has another number, the classifier is drawn anew (from key 0). A first
     convolution over three channels is adapted to `in_channels`, so that it answers as before where all channels are alike: for
     one channel the kernel is summed over its inputs, for others they are repeated in turn and scaled by 3 / in_channels. A line
     on standard error says so.
@@ -42,9 +42,7 @@ def load_pretrained(
     Raises:
       UsageError: no such file, a damaged one, or one that does not hold this network's weights, all of them and no others.
     """
-    named = isinstance(network, str)
-    new_classifier = not named or "num_classes" in overrides
-    if named:
+    if isinstance(network, str):
         name, network = network, create_model(network, **overrides)
     else:
         name = type(network).__name__
@@ -54,7 +52,8 @@ def load_pretrained(
         network = network.clone(**overrides)
     source = "the state dict" if isinstance(file, Mapping) else str(file)
     tensors = tidy(file, source) if isinstance(file, Mapping) else read_weights(file)
-    fit = min((_fit(network, scheme, tensors, new_classifier) for scheme in naming.SCHEMES), key=lambda fit: fit.faults)
+    fits = [_fit(network, scheme, tensors, "num_classes" in overrides) for scheme in naming.schemes_of(network)]
+    fit = min(fits, key=lambda fit: fit.faults)
     if fit.faults:
         raise UsageError(f"{source} does not fit {name}: {fit.describe()}{_resembling(tensors, name, fit)}")
     for note in fit.notes:
@@ -197,7 +196,8 @@ def _resembling(tensors: dict[str, np.ndarray], name: str, fit: _Fit) -> str:
     keys = {key for key, _ in arrays}
 
     def expected(other: str) -> list[set[tuple[str, tuple[int, ...]]]]:
-        leaves = (naming.torch_leaves(create_model(other), scheme) for scheme in naming.SCHEMES)
+        candidate = create_model(other)
+        leaves = (naming.torch_leaves(candidate, scheme) for scheme in naming.schemes_of(candidate))
         return [{(key, leaf.torch_shape) for key, leaf in each.items()} for each in leaves]
 
     def common(other: str) -> int:

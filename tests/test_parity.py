@@ -74,6 +74,8 @@ def test_a_training_step_is_torchvisions(name, torch):
     for key, module in theirs.named_modules():
         if isinstance(module, torch.nn.Dropout) or type(module).__name__ == "StochasticDepth":
             module.p = 0.0
+        if isinstance(module, torch.nn.Hardsigmoid):  # torch's own gradient is 1/6 in float32 for float64 too
+            module.forward = lambda x: torch.nn.functional.relu6(x + 3) / 6
         if hasattr(module, "running_var"):
             module.register_forward_pre_hook(lambda m, x, key=key: counts.update({key: x[0].numel() // x[0].shape[1]}))
     fields = {key: value for key, value in STEADY.items() if hasattr(create_model(name), key)}

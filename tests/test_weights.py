@@ -135,6 +135,17 @@ def test_weights_of_another_network_say_whose_they_look_like(resnet18):
         cnnfamily.load_pretrained("resnet18", {"a": np.ones(3)})
 
 
+def test_a_network_that_one_scheme_lacks_is_read_in_the_other(monkeypatch, resnet18):
+    names = naming.FAMILIES[type(create_model("resnet18"))]
+    without_timm = lambda network, scheme, paths: {} if scheme == "timm" else names(network, scheme, paths)  # noqa: E731
+    monkeypatch.setitem(naming.FAMILIES, type(create_model("resnet18")), without_timm)
+    assert_equal(cnnfamily.load_pretrained("resnet18", resnet18[0])[1], network_of("resnet18")[1])
+    with pytest.raises(UsageError, match=r"it looks like resnet18$"):
+        cnnfamily.load_pretrained("resnet34", resnet18[0])
+    with pytest.raises(UsageError, match="of this ResNet has no name in timm"):
+        cnnfamily.state_dict(*network_of("resnet18"), "timm")
+
+
 def test_half_of_the_keys_are_not_enough(resnet18):
     half = dict(list(resnet18[1].items())[:61])
     with pytest.raises(UsageError, match=r"resnet18: 51 of 102 arrays missing \(layer3.0.bn1.weight, .*\.\.\.\)$"):
