@@ -179,6 +179,8 @@ def _efficientnet(network: efficientnet.EfficientNet, scheme: str, paths: list[s
 
 def _alexnet(network: alexnet.AlexNet, scheme: str, paths: list[str]) -> dict[str, str | TorchName]:
     """torchvision's; timm has no AlexNet."""
+    if scheme != "torchvision":
+        return {}
     maps = (6, 6, round_filters(network.filters[-1], network.width))
     names = {f"conv{i}": f"features.{layer}" for i, layer in enumerate((0, 3, 6, 8, 10), start=1)}
     return names | {"hidden1": TorchName("classifier.1", maps), "hidden2": "classifier.4", "classifier": "classifier.6"}
@@ -204,6 +206,8 @@ def _vgg(network: vgg.VGG, scheme: str, paths: list[str]) -> dict[str, str | Tor
 
 def _googlenet(network: googlenet.GoogLeNet, scheme: str, paths: list[str]) -> dict[str, str | TorchName]:
     """torchvision's; timm has no GoogLeNet."""
+    if scheme != "torchvision":
+        return {}
     branches = {"branch2_reduce": "branch2.0", "branch2": "branch2.1", "branch3_reduce": "branch3.0", "branch3": "branch3.1"}
     branches |= {"branch1": "branch1", "branch4": "branch4.1"}
     names = {"classifier": "fc"}
@@ -223,6 +227,8 @@ def _googlenet(network: googlenet.GoogLeNet, scheme: str, paths: list[str]) -> d
 
 def _mobilenet_v1(network: mobilenet_v1.MobileNetV1, scheme: str, paths: list[str]) -> dict[str, str]:
     """timm's; torchvision has no MobileNetV1."""
+    if scheme != "timm":
+        return {}
     names = {"stem": "conv_stem", "stem_norm": "bn1", "classifier": "classifier"}
     inside = {"depthwise": "conv_dw", "depthwise_norm": "bn1", "pointwise": "conv_pw", "pointwise_norm": "bn2"}
     stages = (1, 2, 2, 6, 2)  # blocks of the same filters
