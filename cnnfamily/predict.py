@@ -1,5 +1,10 @@
-"""Classes of images by a network of one's own: `python -m cnnfamily.predict --workdir=DIR IMAGE_OR_FOLDER...`."""
+"""Classes of images, by a network of one's own: `python -m cnnfamily.predict --workdir=DIR IMAGE_OR_FOLDER...`.
 
+Or by published weights: `--model=resnet50 --weights=FILE IMAGE_OR_FOLDER...`; `--model=resnet50.IMAGENET1K_V2` prepares images
+as torchvision's second weights want them (see `cnnfamily.preprocess`).
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -7,8 +12,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from cnnfamily import errors, runlog
-from cnnfamily.data import augment, sources
+from cnnfamily.data import augment, preprocessing, sources
 from cnnfamily.evaluate import load_run
+from cnnfamily.weights import load_pretrained
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
@@ -25,22 +31,42 @@ def predict_images(workdir: str | Path, paths: list[Path], *, top: int = 5) -> l
     data = runlog.read_manifest(Path(workdir))["data"]
     resolution = config.data.resolution or config.model.resolution
     fit = {"resolution": resolution, "channels": config.model.in_channels, "fit": config.data.fit}
-    apply = jax.jit(network.apply)
-    rows = []
+
+    def prepare(image):
+        return augment.normalize(sources.fit_images(np.asarray(image.convert("RGB"))[None], **fit), data["mean"], data["std"])
+
+    return _predict(network, variables, prepare, data["class_names"], paths, top)
+
+
+def predict_with_weights(model: str, file: str, paths: list[Path], *, top: int = 5) -> list[list[tuple[str, float]]]:
+    """The same by published weights, as `load_pretrained` reads them; images go through `cnnfamily.preprocess(model)`.
+
+    Where torchvision publishes nothing under the name, they go through what most of its weights want. Of a network with other
+    than 1000 classes these are named by number.
+    """
+    network, variables = load_pretrained(model.partition(".")[0], file)
+    steps = (
+        preprocessing.preprocess(model)
+        if model.partition(".")[0] in preprocessing.WEIGHTS
+        else preprocessing.Preprocessing(256, 224)
+    )
+    names = preprocessing.imagenet_classes() if network.num_classes == 1000 else map(str, range(network.num_classes))
+    return _predict(network, variables, lambda image: steps(image)[None], list(names), paths, top)
+
+
+def _predict(network, variables, prepare, names: list[str], paths: list[Path], top: int) -> list[list[tuple[str, float]]]:
+    apply, rows = jax.jit(network.apply), []
     for path in paths:
-        images = augment.normalize(sources.fit_images(_read_image(path)[None], **fit), data["mean"], data["std"])
-        probabilities = np.asarray(jax.nn.softmax(apply(variables, images))[0])
-        best = np.argsort(-probabilities, kind="stable")[: min(top, len(data["class_names"]))]
-        rows.append(
-            [(data["class_names"][i] if i < len(data["class_names"]) else str(i), float(probabilities[i])) for i in best]
-        )
+        probabilities = np.asarray(jax.nn.softmax(apply(variables, _read_image(path, prepare))[0]))
+        best = np.argsort(-probabilities, kind="stable")[: min(top, len(names))]
+        rows.append([(names[i] if i < len(names) else str(i), float(probabilities[i])) for i in best])
     return rows
 
 
-def _read_image(path: Path) -> np.ndarray:
+def _read_image(path: Path, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return prepare(image)
     except FileNotFoundError:
         raise errors.UsageError(f"{path} does not exist; expected an image or a folder of images") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
@@ -62,11 +88,19 @@ def find_images(names: list[str]) -> list[Path]:
 
 def main(argv: list[str]) -> None:
     parser = errors.argument_parser("cnnfamily.predict", __doc__)
-    parser.add_argument("--workdir", required=True, help="the directory of a training run")
+    parser.add_argument("--workdir", help="the directory of a training run")
+    parser.add_argument("--model", metavar="NAME", help="a network with published weights, instead")
+    parser.add_argument("--weights", metavar="FILE", help="its weights: .safetensors, .pth or hf:OWNER/REPO")
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
     arguments = parser.parse_args(argv)
+    if bool(arguments.workdir) == bool(arguments.model) or bool(arguments.model) != bool(arguments.weights):
+        raise errors.UsageError("expected either --workdir=DIR, or --model=NAME with --weights=FILE")
     paths = find_images(arguments.images)
-    for path, row in zip(paths, predict_images(arguments.workdir, paths), strict=True):
+    if arguments.workdir:
+        rows = predict_images(arguments.workdir, paths)
+    else:
+        rows = predict_with_weights(arguments.model, arguments.weights, paths)
+    for path, row in zip(paths, rows, strict=True):
         print(f"{path}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in row))
 
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+from PIL import Image
 from torchvision_keys import read_keys
 
 import cnnfamily
-from cnnfamily import convert, naming, weights
+from cnnfamily import convert, naming, predict, weights
 from cnnfamily.errors import UsageError
 from cnnfamily.models import create_model, list_models
 from cnnfamily.weight_files import read_weights
@@ -122,6 +123,22 @@ def test_torch_takes_our_state_dict(torch):
     images = torch.from_numpy(parity.images_of(64).transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
         assert torch.equal(theirs(images), other.eval()(images))
+
+
+def test_the_top_five_of_an_image_file_are_torchvisions(tmp_path, torch):
+    """From a `.pth` file and a JPEG by way of the command's function: the classes, their names and probabilities."""
+    torchvision = parity.import_torchvision()
+    theirs = parity.torch_network("resnet50")
+    torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
+    photo = np.random.default_rng(0).normal(size=(9, 12, 3)).repeat(40, axis=0).repeat(40, axis=1)  # patches of colour
+    Image.fromarray(np.uint8(np.clip(127 + 60 * photo, 0, 255))).save(tmp_path / "photo.jpg")
+    published = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
+    with torch.no_grad():
+        probabilities = theirs(published.transforms()(Image.open(tmp_path / "photo.jpg"))[None]).softmax(1)[0]
+    values, indices = probabilities.topk(5)
+    (row,) = predict.predict_with_weights("resnet50.IMAGENET1K_V2", tmp_path / "resnet50.pth", [tmp_path / "photo.jpg"])
+    assert [name for name, _ in row] == [published.meta["categories"][i] for i in indices]
+    assert [share for _, share in row] == pytest.approx(values.tolist(), rel=1e-3)
 
 
 def test_activations_of_hooks_agree_layer_by_layer(torch):

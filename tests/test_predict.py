@@ -1,12 +1,16 @@
 """Classes of image files by a trained network."""
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from cnnfamily import predict
 from cnnfamily.data import sources
+from cnnfamily.data.preprocessing import imagenet_classes, preprocess
 from cnnfamily.errors import UsageError
+from cnnfamily.models import create_model, initialize
+from cnnfamily.weights import save_weights
 
 
 @pytest.fixture
@@ -57,3 +61,25 @@ def test_bad_files_are_one_line(finished, tmp_path, name, content, message):
 def test_an_empty_folder_is_one_line(tmp_path):
     with pytest.raises(UsageError, match="has no images"):
         predict.find_images([str(tmp_path)])
+
+
+def test_published_weights_name_the_classes_of_imagenet(tmp_path, capsys):
+    network = create_model("mobilenet_v3_small")
+    variables = initialize(network, jax.random.key(0))
+    save_weights(tmp_path / "w.safetensors", network, variables)
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    predict.main(["--model=mobilenet_v3_small", f"--weights={tmp_path / 'w.safetensors'}", str(tmp_path / "x.png")])
+    line = capsys.readouterr().out
+    logits = network.apply(variables, preprocess("mobilenet_v3_small")(pixels)[None])[0]
+    best = np.argsort(-np.asarray(logits))[:5]
+    assert [part.rsplit(" ", 1)[0] for part in line.split(": ", 1)[1].split(", ")] == [imagenet_classes()[i] for i in best]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--workdir=x", "--model=resnet18"], ["--model=resnet18"], ["--weights=x"], ["--workdir=x", "--weights=x"]],
+)
+def test_a_run_or_published_weights_are_needed(arguments):
+    with pytest.raises(UsageError, match="expected either --workdir=DIR, or --model=NAME with --weights=FILE"):
+        predict.main([*arguments, "image.png"])
