@@ -134,7 +134,10 @@ def _fit(network: nn.Module, scheme: str, tensors: dict[str, np.ndarray], new_cl
     def follows(leaf: naming.Leaf, field: str) -> bool:
         """Whether the leaf's shape depends on this field; so a classifier is known, and a first convolution."""
         if field not in following:
-            other = naming.torch_leaves(network.clone(**{field: getattr(network, field) + 1}), scheme)
+            changed = {field: getattr(network, field) + 1}
+            if getattr(network, "transform_input", False):  # GoogLeNet's, of three channels only; it has no arrays
+                changed["transform_input"] = False
+            other = naming.torch_leaves(network.clone(**changed), scheme)
             following[field] = set(leaves.values()) - set(other.values())
         return leaf in following[field]
 

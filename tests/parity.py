@@ -59,7 +59,7 @@ def has_random_weights(network):
                 centre = scale if module in norms and leaf == "weight" else 0.0
                 parameter.copy_(centre + 0.2 * scale * draw(name, parameter.shape))
         hooks = [norm.register_forward_pre_hook(functools.partial(set_statistics, name)) for name, norm in norms.items()]
-        network.eval()(draw("images", (4, 3, 160, 160)))
+        network.eval()(draw("images", (4, 3, 224, 224)))
         for hook in hooks:
             hook.remove()
     return network

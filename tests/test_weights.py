@@ -273,3 +273,10 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
         weights.save_weights(tmp_path / "no" / "x.safetensors", network, variables)
     with pytest.raises(UsageError, match=r"unknown field of ResNet 'num_clases'; did you mean 'num_classes'"):
         cnnfamily.load_pretrained(network, {}, num_clases=3)
+
+
+def test_a_googlenet_of_other_kernels_is_told_so():
+    """Its input transform takes three channels only, which must not get in the way of finding the first convolution."""
+    arrays = weights.state_dict(network := create_model("googlenet"), initialize(network, jax.random.key(0)))
+    with pytest.raises(UsageError, match=r"does not fit GoogLeNet: 9 of another shape \(inception3a"):
+        cnnfamily.load_pretrained(create_model("googlenet", kernel=5), arrays)
