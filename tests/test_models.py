@@ -134,8 +134,12 @@ def assert_types(network):
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} <= {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NETWORKS)
+FIRST = {network: name for name, (network, _) in reversed(NETWORKS.items())}.values()  # of each class
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in NETWORKS), *((name, "bfloat16") for name in FIRST)]
+)
 def test_shapes_and_dtypes(name, dtype):
     # One block a stage or two: every kind of layer of the row is there. All of its layers are traced in test_summary.py.
     shallow = {"depth": 0.01} if "depth" in model_config(name) else {}
