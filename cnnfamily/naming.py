@@ -1,11 +1,14 @@
-"""The names that torch code gives to the parameters of these networks: torchvision's and timm's.
+"""The names that torch code gives to the parameters of these networks, torchvision's and timm's, and Keras's.
 
 A family contributes one function `FAMILY(network, scheme, paths) -> {path: name}`: `paths` are the paths of the network's
 modules in order of execution ("stage1_block1/branch/conv1"), a name is the torch module's ("layer1.0.conv1"), or a `TorchName`
 for a linear layer whose inputs torch orders otherwise. Every module that owns parameters needs a name; a block may have one,
-which then can be compared too (see `convert`). A scheme that does not have the network gets no names at all: {}.
+which then can be compared too (see `convert`). A scheme that does not have the network gets no names at all: {}. Keras's
+names need no such function: they are the classes of layers, counted (see `keras_files`, which also turns its layout to
+torch's).
 """
 
+import collections
 import dataclasses
 import functools
 import re
@@ -21,7 +24,8 @@ from cnnfamily.errors import UsageError
 from cnnfamily.models import alexnet, efficientnet, googlenet, mobilenet_v1, mobilenet_v2, mobilenet_v3, resnet, vgg
 from cnnfamily.scaling import round_filters, round_repeats
 
-SCHEMES = ("torchvision", "timm")
+SCHEMES = ("torchvision", "timm")  # to write and compare
+READABLE = (*SCHEMES, "keras")
 COUNTER = "num_batches_tracked"  # torch counts the updates of batch statistics; here nothing depends on it
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
@@ -94,15 +98,15 @@ def torch_leaves(network: nn.Module, scheme: str) -> dict[str, Leaf]:
 def schemes_of(network: nn.Module) -> list[str]:
     """The schemes that have this network; errors as `torch_leaves`."""
     _, paths = _shapes(network)
-    return [scheme for scheme in SCHEMES if torch_names(network, scheme, paths)]
+    return [scheme for scheme in READABLE if torch_names(network, scheme, paths)]
 
 
 def torch_names(network: nn.Module, scheme: str, paths: list[str]) -> dict[str, TorchName]:
-    """The torch name of each of these modules that has one."""
+    """The torch name of each of these modules that has one; in the scheme "keras" its class and number there."""
     if type(network) not in FAMILIES:
         known = ", ".join(sorted(family.__name__ for family in FAMILIES))
         raise UsageError(f"{type(network).__name__} has no published weights: expected a network of {known}")
-    names = FAMILIES[type(network)](network, scheme, paths)
+    names = _keras(network, paths) if scheme == "keras" else FAMILIES[type(network)](network, scheme, paths)
     return {path: TorchName(name) if isinstance(name, str) else name for path, name in names.items()}
 
 
@@ -286,6 +290,35 @@ def _mobilenet_v3(network: mobilenet_v3.MobileNetV3, scheme: str, paths: list[st
     return names
 
 
+def _keras(network: nn.Module, paths: list[str]) -> dict[str, str | TorchName]:
+    """The class of each layer and its number among those of its class, in order of execution: "depthwise_conv2d_3"."""
+    if type(network) not in KERAS_DENSE:
+        return {}
+    shapes, names, counts = _shapes(network)[0], {}, collections.Counter()
+    for path in paths:
+        kernel, norm = (shapes.get(("params", *path.split("/"), leaf)) for leaf in ("kernel", "scale"))
+        if kernel is None and norm is None:
+            continue
+        point = kernel is not None and len(kernel) == 2 and not KERAS_DENSE[type(network)]
+        if norm is not None:
+            kind = "batch_normalization"
+        elif len(kernel) == 2 and not point:
+            kind = "dense"
+        else:
+            kind = "depthwise_conv2d" if path.endswith("depthwise") else "conv2d"
+        name = f"{kind}_{counts[kind]}" if counts[kind] else kind
+        names[path] = TorchName(name, (1, 1, kernel[0]), convolution=True) if point else name
+        counts[kind] += 1
+    return names
+
+
+# The families that keras.applications shares, and whether its last layers are linear; else 1x1 convolutions over the mean.
+KERAS_DENSE = {
+    mobilenet_v1.MobileNetV1: False,
+    mobilenet_v2.MobileNetV2: True,
+    mobilenet_v3.MobileNetV3: False,
+    efficientnet.EfficientNet: True,
+}
 # A family's class -> the function that gives its modules their torch names.
 FAMILIES: dict[type[nn.Module], Callable[[nn.Module, str, list[str]], dict[str, str | TorchName]]] = {
     alexnet.AlexNet: _alexnet,
