@@ -1,7 +1,7 @@
-"""Writes keras_keys.txt: the layers of keras.applications's networks in Keras's order. `KERAS_BACKEND=jax python tests/keras_keys.py`
+"""Writes keras_keys.txt: the layers of keras.applications's networks in Keras's order. `python tests/keras_keys.py`
 
-Needs keras. A line for each layer with weights: its name, its class as in Keras's files, the shape of each array in their order;
-"norm=C" for the four arrays of a normalisation over C channels.
+Needs keras and a backend (KERAS_BACKEND=jax). A line for each layer with weights: its name, its class as in Keras's files, and
+the shape of each array in Keras's order; "norm=C" for the four arrays of a normalisation over C channels.
 """
 
 from pathlib import Path
@@ -28,16 +28,17 @@ CLASSES = {
 
 def read_keys() -> dict[str, list[tuple[str, str, list[tuple[int, ...]]]]]:
     """Name of the network, with its width -> (name, class, shapes) of its layers."""
-    networks = {}
+    networks, network = {}, ""
     for line in FILE.read_text().splitlines():
         if line.startswith(" "):
             name, kind, *texts = line.split()
             if texts[0].startswith("norm="):
                 texts = [texts[0].removeprefix("norm=")] * 4
             shapes = [() if text == "scalar" else tuple(map(int, text.split("x"))) for text in texts]
-            layers.append((name, kind, shapes))
+            networks[network].append((name, kind, shapes))
         elif not line.startswith("#"):
-            layers = networks[line] = []
+            network = line
+            networks[network] = []
     return networks
 
 

@@ -1,12 +1,14 @@
-"""Compares our networks with Keras's on random weights: `KERAS_BACKEND=jax python tests/keras_parity.py [NAME ...]`.
+"""Compares our networks with Keras's on random weights: `python tests/keras_parity.py [NAME ...] [--sizes 224 96 97]`.
 
-Needs keras and h5py. Prints the largest difference of the logits beside the largest logit, at an even and an odd size too.
+Needs keras and h5py. Prints the largest difference of the logits beside the largest logit; each size reads another of Keras's
+formats.
 """
 
 import argparse
 import contextlib
 import functools
 import io
+import os
 import tempfile
 import zlib
 from pathlib import Path
@@ -16,13 +18,14 @@ import numpy as np
 
 import cnnfamily
 
+os.environ.setdefault("KERAS_BACKEND", "jax")  # read when keras is imported
 MEAN, STD = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
-NETWORKS = {  # our name -> theirs, and by what argument
-    "mobilenet_v1": ("MobileNet", {}),
-    "mobilenet_v2": ("MobileNetV2", {}),
-    "mobilenet_v3_small": ("MobileNetV3Small", {}),
-    "mobilenet_v3_large": ("MobileNetV3Large", {}),
-    **{f"efficientnet_b{i}": (f"EfficientNetB{i}", {}) for i in range(8)},
+NETWORKS = {
+    "mobilenet_v1": "MobileNet",
+    "mobilenet_v2": "MobileNetV2",
+    "mobilenet_v3_small": "MobileNetV3Small",
+    "mobilenet_v3_large": "MobileNetV3Large",
+    **{f"efficientnet_b{i}": f"EfficientNetB{i}" for i in range(8)},
 }
 SUFFIXES = (".weights.h5", ".keras", ".h5")
 
@@ -35,9 +38,8 @@ def keras_network(name: str, size: int, **arguments):
     """Keras's network for images of this size, which gives logits."""
     import keras
 
-    theirs, fixed = NETWORKS[name]
-    build = getattr(keras.applications, theirs)
-    return build(**{"weights": None, "input_shape": (size, size, 3), "classifier_activation": None} | fixed | arguments)
+    build = getattr(keras.applications, NETWORKS[name])
+    return build(**{"weights": None, "input_shape": (size, size, 3), "classifier_activation": None} | arguments)
 
 
 def has_random_weights(network):
@@ -59,6 +61,7 @@ def has_random_weights(network):
                 weight.assign(scale * (0.2 * noise + (leaf == "gamma")))
             elif leaf in ("mean", "variance"):  # of images; the published files have deviations in the variance's place
                 weight.assign(MEAN if leaf == "mean" else STD)
+                layer.finalize_state()
     for norm in norms:
         norm.kept, norm.momentum = norm.momentum, 0.0  # what one batch leaves then are its own statistics
     images = np.random.default_rng(0).uniform(0, 255, (4, *network.input_shape[1:])).astype(np.float32)
@@ -106,7 +109,7 @@ def difference(name: str, file: Path, theirs, size: int, **overrides) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def at_size(name: str, network, size: int, folder: Path):
+def at_size(name: str, network, size: int, folder: Path, **arguments):
     """The network with the same weights for images of another size.
 
     EfficientNet at its own size as with its published weights, which adds a division: they are downloaded from this file
@@ -121,11 +124,11 @@ def at_size(name: str, network, size: int, folder: Path):
             return keras_network(name, size, weights="imagenet")
         finally:
             module.get_file = kept
-    other = keras_network(name, size)
+    other = keras_network(name, size, **arguments)
     other.set_weights(network.get_weights())
     for layer in other.layers:
         if type(layer).__name__ == "Normalization":
-            layer.variance.assign(STD**2)
+            layer.weights[1].assign(STD**2)
             layer.finalize_state()
     return other
 

@@ -1,0 +1,63 @@
+"""Our networks beside Keras's, live: `pytest -m parity -n 0 tests/test_keras_parity.py` where keras and h5py are installed."""
+
+import jax
+import keras_parity
+import pytest
+
+pytestmark = [
+    pytest.mark.parity,
+    # The suite's warnings as errors are for our code.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
+TOLERANCE = 1e-4  # of the largest logit, in float32; measured 5e-7 to 3e-6
+EVEN, ODD = 96, 97
+
+
+@pytest.fixture(autouse=True)
+def _keras():
+    pytest.importorskip("keras")
+    with jax.numpy_dtype_promotion("standard"):  # jax's strict promotion too is for our code
+        yield
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "sizes"),
+    [
+        ("mobilenet_v1", 1.0, (224, EVEN)),
+        ("mobilenet_v1", 0.5, (EVEN,)),
+        ("mobilenet_v2", 1.0, (224, EVEN, ODD)),
+        ("mobilenet_v2", 0.35, (EVEN,)),
+        ("mobilenet_v3_small", 1.0, (224, EVEN, ODD)),
+        ("mobilenet_v3_large", 1.0, (224, EVEN, ODD)),
+        ("mobilenet_v3_large", 0.75, (EVEN,)),
+        ("efficientnet_b0", 1.0, (224, EVEN, ODD)),
+        *((f"efficientnet_b{i}", 1.0, (ODD,)) for i in range(1, 8)),
+    ],
+)
+def test_logits_are_keras(tmp_path, name, width, sizes):
+    """From all of Keras's formats; at an odd size too, where paddings differ from those at even ones."""
+    alpha, overrides = ({"alpha": width}, {"width": width}) if width != 1 else ({}, {})
+    network = keras_parity.has_random_weights(keras_parity.keras_network(name, EVEN, **alpha))
+    files = [keras_parity.save(network, tmp_path / f"x{suffix}") for suffix in keras_parity.SUFFIXES]
+    for size, file in zip(sizes, files, strict=False):
+        theirs = keras_parity.at_size(name, network, size, tmp_path, **alpha)
+        assert keras_parity.difference(name, file, theirs, size, **overrides) <= TOLERANCE
+
+
+def test_the_layers_listed_are_keras(monkeypatch, tmp_path):
+    """keras_keys.txt is what the installed Keras has."""
+    import keras_keys
+
+    listed = keras_keys.read_keys()
+    monkeypatch.setattr(keras_keys, "FILE", tmp_path / "keys.txt")
+    keras_keys.main()
+    assert keras_keys.read_keys() == listed
+
+
+def test_keras_pads_its_first_mobilenet_as_at_even_sizes(tmp_path):
+    """At sides that are no multiples of 32 it differs from TensorFlow's "same", which is ours."""
+    network = keras_parity.has_random_weights(keras_parity.keras_network("mobilenet_v1", EVEN, alpha=0.25))
+    file = keras_parity.save(network, tmp_path / "x.h5")
+    for size, agrees in ((64, True), (72, False)):
+        theirs = keras_parity.at_size("mobilenet_v1", network, size, tmp_path, alpha=0.25)
+        assert (keras_parity.difference("mobilenet_v1", file, theirs, size, width=0.25) <= TOLERANCE) == agrees
