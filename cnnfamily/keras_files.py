@@ -2,6 +2,9 @@
 
 A layer is known by its class and its number in the order of execution, "depthwise_conv2d_3". So Keras 3 names it in a file,
 and in that order Keras reads the older files, which have layers by names that changed from release to release.
+
+Keras pads V1 at every size as at even ones, so it computes what padding "same" does where sides are multiples of 32; the others
+do so at every size that their model was built for, and where it was built for none as at even ones.
 """
 
 import collections
@@ -20,7 +23,12 @@ from flax import linen as nn
 from cnnfamily.errors import UsageError, one_line
 from cnnfamily.models import efficientnet, mobilenet_v1, mobilenet_v2, mobilenet_v3
 
-NETWORKS = (mobilenet_v1.MobileNetV1, mobilenet_v2.MobileNetV2, mobilenet_v3.MobileNetV3, efficientnet.EfficientNet)
+NETWORKS = {  # that keras.applications has too -> the class of their last layers; a convolution is one over the mean
+    mobilenet_v1.MobileNetV1: "conv2d",
+    mobilenet_v2.MobileNetV2: "dense",
+    mobilenet_v3.MobileNetV3: "conv2d",
+    efficientnet.EfficientNet: "dense",
+}
 SUFFIXES = (".h5", ".hdf5", ".keras")
 FIRST = "conv2d.weight"  # of the first convolution, which all of its networks have and torch names otherwise
 LARGEST = 1 << 32  # bytes of one array: a small file can declare terabytes
@@ -77,7 +85,7 @@ def _layers_by_name(file: Any, datasets: dict[str, Any]) -> Iterator[tuple[str, 
             arrays = [_read(datasets[f"{prefix}/{layer}/{name}".lstrip("/")]) for name in names]
             if arrays:
                 kind = _class_of([array.shape for array in arrays])
-                yield _numbered(kind, counts[kind]), arrays
+                yield numbered(kind, counts[kind]), arrays
                 counts[kind] += 1
 
     return layers()
@@ -85,7 +93,8 @@ def _layers_by_name(file: Any, datasets: dict[str, Any]) -> Iterator[tuple[str, 
 
 def _class_of(shapes: list[tuple[int, ...]]) -> str:
     if len(shapes[0]) == 4:
-        return "depthwise_conv2d" if shapes[0][3] == 1 else "conv2d"  # (height, width, channels, 1); no filter stands alone
+        # (height, width, channels, 1); a single filter has only a classifier of one class, which is 1x1.
+        return "depthwise_conv2d" if shapes[0][3] == 1 and shapes[0][0] > 1 else "conv2d"
     if len(shapes[0]) == 2:
         return "dense"
     return "batch_normalization" if len(shapes) == 4 else "normalization"
@@ -116,10 +125,6 @@ def _read(dataset: Any) -> np.ndarray:
     return value.view(ml_dtypes.bfloat16) if dataset.attrs.get("dtype") == "bfloat16" else value
 
 
-def _numbered(kind: str, number: int) -> str:
-    return f"{kind}_{number}" if number else kind
-
-
 def _in_torchs_layout(layer: str, arrays: list[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """HWIO to OIHW, a depthwise (height, width, channels, 1) to (channels, 1, height, width), a linear (I, O) to (O, I)."""
     kind = re.sub(r"_\d+$", "", layer)
@@ -130,9 +135,14 @@ def _in_torchs_layout(layer: str, arrays: list[np.ndarray]) -> Iterator[tuple[st
         yield f"{layer}.{leaves[i] if i < len(leaves) else i}", array.T if array.ndim == 2 else array
 
 
+def numbered(kind: str, number: int) -> str:
+    """Keras's name for the layer of a class: "conv2d", "conv2d_1", "conv2d_2", ..."""
+    return f"{kind}_{number}" if number else kind
+
+
 def fields_of(network: nn.Module) -> dict[str, Any]:
     """The fields with which keras.applications computes this network; {} of those that it lacks."""
-    if not isinstance(network, NETWORKS):
+    if type(network) not in NETWORKS:
         return {}
     fields = {"padding": "same", "norm_epsilon": 1e-3}
     if isinstance(network, mobilenet_v1.MobileNetV1):
@@ -151,5 +161,5 @@ def images_of(network: nn.Module, tensors: Mapping[str, np.ndarray]) -> str:
     mean, variance = (tensors[f"normalization.{leaf}"].ravel().astype(np.float64) for leaf in ("mean", "variance"))
     # The published files have deviations in the variance's place, and their model divides by the roots once more.
     published = variance.shape == (3,) and np.allclose(variance, STD, rtol=0, atol=5e-4)
-    std = variance if published else np.sqrt(variance)
+    std = variance if published else np.sqrt(np.maximum(variance, 0))
     return f"(pixels / 255 - {mean.round(4).tolist()}) / {std.round(4).tolist()}"

@@ -20,6 +20,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from cnnfamily import keras_files
 from cnnfamily.errors import UsageError
 from cnnfamily.models import alexnet, efficientnet, googlenet, mobilenet_v1, mobilenet_v2, mobilenet_v3, resnet, vgg
 from cnnfamily.scaling import round_filters, round_repeats
@@ -292,33 +293,26 @@ def _mobilenet_v3(network: mobilenet_v3.MobileNetV3, scheme: str, paths: list[st
 
 def _keras(network: nn.Module, paths: list[str]) -> dict[str, str | TorchName]:
     """The class of each layer and its number among those of its class, in order of execution: "depthwise_conv2d_3"."""
-    if type(network) not in KERAS_DENSE:
+    if type(network) not in keras_files.NETWORKS:
         return {}
     shapes, names, counts = _shapes(network)[0], {}, collections.Counter()
     for path in paths:
-        kernel, norm = (shapes.get(("params", *path.split("/"), leaf)) for leaf in ("kernel", "scale"))
-        if kernel is None and norm is None:
-            continue
-        point = kernel is not None and len(kernel) == 2 and not KERAS_DENSE[type(network)]
-        if norm is not None:
+        kernel = shapes.get(("params", *path.split("/"), "kernel"))
+        if ("params", *path.split("/"), "scale") in shapes:
             kind = "batch_normalization"
-        elif len(kernel) == 2 and not point:
-            kind = "dense"
+        elif kernel is None:
+            continue
+        elif len(kernel) == 2:
+            kind = keras_files.NETWORKS[type(network)]
         else:
             kind = "depthwise_conv2d" if path.endswith("depthwise") else "conv2d"
-        name = f"{kind}_{counts[kind]}" if counts[kind] else kind
-        names[path] = TorchName(name, (1, 1, kernel[0]), convolution=True) if point else name
+        names[path] = keras_files.numbered(kind, counts[kind])
+        if kind == "conv2d" and len(kernel) == 2:
+            names[path] = TorchName(names[path], (1, 1, kernel[0]), convolution=True)
         counts[kind] += 1
     return names
 
 
-# The families that keras.applications shares, and whether its last layers are linear; else 1x1 convolutions over the mean.
-KERAS_DENSE = {
-    mobilenet_v1.MobileNetV1: False,
-    mobilenet_v2.MobileNetV2: True,
-    mobilenet_v3.MobileNetV3: False,
-    efficientnet.EfficientNet: True,
-}
 # A family's class -> the function that gives its modules their torch names.
 FAMILIES: dict[type[nn.Module], Callable[[nn.Module, str, list[str]], dict[str, str | TorchName]]] = {
     alexnet.AlexNet: _alexnet,

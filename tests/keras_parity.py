@@ -6,12 +6,12 @@ formats.
 
 import argparse
 import contextlib
-import functools
 import io
 import os
 import tempfile
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -42,15 +42,16 @@ def keras_network(name: str, size: int, **arguments):
     return build(**{"weights": None, "input_shape": (size, size, 3), "classifier_activation": None} | arguments)
 
 
-def has_random_weights(network):
-    """Weights that keep activations near 1, and batch statistics that differ from theirs, so that no norm is the identity.
+def random_network(name: str, size: int = 96, **arguments):
+    """Keras's network with weights that keep activations near 1, and batch statistics that differ from theirs.
 
-    Every array is drawn from its own name. The last norm of a branch is drawn smaller, as in `parity`.
+    Every array is drawn from its own name. The last norm of a branch is drawn smaller, as in `parity`: else rounding would be
+    amplified, Keras's own too.
     """
-    norms = [layer for layer in network.layers if type(layer).__name__ == "BatchNormalization"]
+    import keras
+
+    network = keras_network(name, size, **arguments)
     for layer in network.layers:
-        if type(layer).__name__ == "Dropout":
-            layer.rate = 0.0
         for weight in layer.weights:
             leaf, noise = weight.path.rpartition("/")[2], draw(weight.path, weight.shape)
             scale = 0.3 if layer.name.lower().endswith("project_bn") else 1.0
@@ -59,23 +60,32 @@ def has_random_weights(network):
                 weight.assign(noise * (2 / np.prod(weight.shape[: 2 if depthwise else -1])) ** 0.5)
             elif leaf in ("gamma", "beta", "bias"):
                 weight.assign(scale * (0.2 * noise + (leaf == "gamma")))
-            elif leaf in ("mean", "variance"):  # of images; the published files have deviations in the variance's place
-                weight.assign(MEAN if leaf == "mean" else STD)
-                layer.finalize_state()
-    for norm in norms:
-        norm.kept, norm.momentum = norm.momentum, 0.0  # what one batch leaves then are its own statistics
-    images = np.random.default_rng(0).uniform(0, 255, (4, *network.input_shape[1:])).astype(np.float32)
-    state = [[weight.value for weight in weights] for weights in (network.trainable_variables, network.non_trainable_variables)]
-    _, updated = jax.jit(functools.partial(network.stateless_call, training=True))(*state, images)
-    for weight, value in zip(network.non_trainable_variables, updated, strict=True):
-        weight.assign(value)
-    for norm in norms:
-        norm.momentum, var = norm.kept, np.asarray(norm.moving_variance)
-        mean = np.asarray(norm.moving_mean) + 0.3 * var**0.5 * draw(norm.moving_mean.path, var.shape)
-        norm.moving_mean.assign(mean)
+    set_variance(network, STD**2)
+    call = keras.layers.BatchNormalization.call
+
+    def with_statistics(norm, inputs, **_):
+        """About those of the inputs, which come from norms before this one that are set already."""
+        mean, var = inputs.mean((0, 1, 2)), inputs.var((0, 1, 2))
+        norm.moving_mean.assign(mean + 0.3 * var**0.5 * draw(norm.moving_mean.path, var.shape))
         # A channel that is nearly dead would amplify rounding: none has less than a tenth of the mean variance.
         norm.moving_variance.assign(var * np.exp(0.3 * draw(norm.moving_variance.path, var.shape)) + 0.1 * var.mean())
+        return call(norm, inputs, training=False)
+
+    state = [[weight.value for weight in weights] for weights in (network.trainable_variables, network.non_trainable_variables)]
+    with mock.patch.object(keras.layers.BatchNormalization, "call", with_statistics):
+        _, updated = jax.jit(network.stateless_call)(*state, images_of(name, size, batch=4)[1])
+    for weight, value in zip(network.non_trainable_variables, updated, strict=True):
+        weight.assign(value)
     return network
+
+
+def set_variance(network, variance: np.ndarray) -> None:
+    """Of the images, beside their mean, in the network's layer for that, where it has one."""
+    for layer in network.layers:
+        if type(layer).__name__ == "Normalization":
+            for weight, value in zip(layer.weights, (MEAN, variance), strict=False):
+                weight.assign(value)
+            layer.finalize_state()
 
 
 def images_of(name: str, size: int, batch: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -112,24 +122,20 @@ def difference(name: str, file: Path, theirs, size: int, **overrides) -> float:
 def at_size(name: str, network, size: int, folder: Path, **arguments):
     """The network with the same weights for images of another size.
 
-    EfficientNet at its own size as with its published weights, which adds a division: they are downloaded from this file
-    instead. Keras refuses that at other sizes, so there the variance becomes what it is called.
+    EfficientNet at its own size (Keras refuses others) as with its published weights, downloaded from a file written here:
+    that has deviations where the variance should be, and the network divides by their roots once more.
     """
     import keras
 
     if name.startswith("efficientnet") and size == cnnfamily.create_model(name).resolution:
-        file, module = save(network, folder / "published.h5"), keras.src.applications.efficientnet.file_utils
-        kept, module.get_file = module.get_file, lambda *_, **__: str(file)
-        try:
+        set_variance(network, STD)
+        file = save(network, folder / "published.h5")
+        set_variance(network, STD**2)
+        with mock.patch.object(keras.src.applications.efficientnet.file_utils, "get_file", return_value=str(file)):
             return keras_network(name, size, weights="imagenet")
-        finally:
-            module.get_file = kept
     other = keras_network(name, size, **arguments)
     other.set_weights(network.get_weights())
-    for layer in other.layers:
-        if type(layer).__name__ == "Normalization":
-            layer.weights[1].assign(STD**2)
-            layer.finalize_state()
+    set_variance(other, STD**2)
     return other
 
 
@@ -140,7 +146,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in arguments.names or NETWORKS:
         with tempfile.TemporaryDirectory() as folder:
-            network = has_random_weights(keras_network(name, 96))
+            network = random_network(name)
             files = [save(network, Path(folder) / f"x{suffix}") for suffix in SUFFIXES]
             found = []
             for size, file in zip(arguments.sizes, files, strict=False):

@@ -261,6 +261,14 @@ def test_another_number_of_classes_draws_the_classifier_anew(tmp_path, capsys):
     np.testing.assert_array_equal(variables["params"]["block13"]["pointwise"]["kernel"], layers[-3][2][0])
 
 
+def test_a_classifier_of_one_class_is_no_depthwise_convolution(tmp_path):
+    """Though its kernel (1, 1, channels, 1) has the last axis of one, and the older format names no classes of layers."""
+    *layers, (name, kind, (kernel, bias)) = arrays_of("mobilenet_v1 width=0.25")
+    file = write(tmp_path / "x.h5", [*layers, (name, kind, [kernel[..., :1], bias[:1]])])
+    _, variables = cnnfamily.load_pretrained("mobilenet_v1", file, width=0.25, num_classes=1)
+    np.testing.assert_array_equal(variables["params"]["classifier"]["kernel"], kernel[0, 0, :, :1])
+
+
 def test_weights_of_another_network_say_whose_they_look_like(tmp_path):
     file = write(tmp_path / "x.weights.h5", arrays_of("efficientnet_b0"))
     for name in ("efficientnet_b1", "resnet18", "mobilenet_v2"):

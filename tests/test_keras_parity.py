@@ -37,7 +37,7 @@ def _keras():
 def test_logits_are_keras(tmp_path, name, width, sizes):
     """From all of Keras's formats; at an odd size too, where paddings differ from those at even ones."""
     alpha, overrides = ({"alpha": width}, {"width": width}) if width != 1 else ({}, {})
-    network = keras_parity.has_random_weights(keras_parity.keras_network(name, EVEN, **alpha))
+    network = keras_parity.random_network(name, **alpha)
     files = [keras_parity.save(network, tmp_path / f"x{suffix}") for suffix in keras_parity.SUFFIXES]
     for size, file in zip(sizes, files, strict=False):
         theirs = keras_parity.at_size(name, network, size, tmp_path, **alpha)
@@ -56,7 +56,7 @@ def test_the_layers_listed_are_keras(monkeypatch, tmp_path):
 
 def test_keras_pads_its_first_mobilenet_as_at_even_sizes(tmp_path):
     """At sides that are no multiples of 32 it differs from TensorFlow's "same", which is ours."""
-    network = keras_parity.has_random_weights(keras_parity.keras_network("mobilenet_v1", EVEN, alpha=0.25))
+    network = keras_parity.random_network("mobilenet_v1", alpha=0.25)
     file = keras_parity.save(network, tmp_path / "x.h5")
     for size, agrees in ((64, True), (72, False)):
         theirs = keras_parity.at_size("mobilenet_v1", network, size, tmp_path, alpha=0.25)
