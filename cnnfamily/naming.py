@@ -1,11 +1,14 @@
-"""The names that torch code gives to the parameters of these networks: torchvision's and timm's.
+"""The names that torch code gives to the parameters of these networks, torchvision's and timm's, and Keras's.
 
 A family contributes one function `FAMILY(network, scheme, paths) -> {path: name}`: `paths` are the paths of the network's
 modules in order of execution ("stage1_block1/branch/conv1"), a name is the torch module's ("layer1.0.conv1"), or a `TorchName`
 for a linear layer whose inputs torch orders otherwise. Every module that owns parameters needs a name; a block may have one,
-which then can be compared too (see `convert`). A scheme that does not have the network gets no names at all: {}.
+which then can be compared too (see `convert`). A scheme that does not have the network gets no names at all: {}. Keras's
+names need no such function: they are the classes of layers, counted (see `keras_files`, which also turns its layout to
+torch's).
 """
 
+import collections
 import dataclasses
 import functools
 import re
@@ -17,11 +20,13 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from cnnfamily import keras_files
 from cnnfamily.errors import UsageError
 from cnnfamily.models import alexnet, efficientnet, googlenet, mobilenet_v1, mobilenet_v2, mobilenet_v3, resnet, vgg
 from cnnfamily.scaling import round_filters, round_repeats
 
-SCHEMES = ("torchvision", "timm")
+SCHEMES = ("torchvision", "timm")  # to write and compare
+READABLE = (*SCHEMES, "keras")
 COUNTER = "num_batches_tracked"  # torch counts the updates of batch statistics; here nothing depends on it
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
@@ -94,15 +99,15 @@ def torch_leaves(network: nn.Module, scheme: str) -> dict[str, Leaf]:
 def schemes_of(network: nn.Module) -> list[str]:
     """The schemes that have this network; errors as `torch_leaves`."""
     _, paths = _shapes(network)
-    return [scheme for scheme in SCHEMES if torch_names(network, scheme, paths)]
+    return [scheme for scheme in READABLE if torch_names(network, scheme, paths)]
 
 
 def torch_names(network: nn.Module, scheme: str, paths: list[str]) -> dict[str, TorchName]:
-    """The torch name of each of these modules that has one."""
+    """The torch name of each of these modules that has one; in the scheme "keras" its class and number there."""
     if type(network) not in FAMILIES:
         known = ", ".join(sorted(family.__name__ for family in FAMILIES))
         raise UsageError(f"{type(network).__name__} has no published weights: expected a network of {known}")
-    names = FAMILIES[type(network)](network, scheme, paths)
+    names = _keras(network, paths) if scheme == "keras" else FAMILIES[type(network)](network, scheme, paths)
     return {path: TorchName(name) if isinstance(name, str) else name for path, name in names.items()}
 
 
@@ -283,6 +288,28 @@ def _mobilenet_v3(network: mobilenet_v3.MobileNetV3, scheme: str, paths: list[st
             inside, stage = _timm_block(expands), len(set(filters[: i + 1])) - 1
             prefix = f"blocks.{stage}.{i - filters.index(filters[i])}."
         names |= {f"{block}/{ours}": prefix + torch for ours, torch in inside.items()}
+    return names
+
+
+def _keras(network: nn.Module, paths: list[str]) -> dict[str, str | TorchName]:
+    """The class of each layer and its number among those of its class, in order of execution: "depthwise_conv2d_3"."""
+    if type(network) not in keras_files.NETWORKS:
+        return {}
+    shapes, names, counts = _shapes(network)[0], {}, collections.Counter()
+    for path in paths:
+        kernel = shapes.get(("params", *path.split("/"), "kernel"))
+        if ("params", *path.split("/"), "scale") in shapes:
+            kind = "batch_normalization"
+        elif kernel is None:
+            continue
+        elif len(kernel) == 2:
+            kind = keras_files.NETWORKS[type(network)]
+        else:
+            kind = "depthwise_conv2d" if path.endswith("depthwise") else "conv2d"
+        names[path] = keras_files.numbered(kind, counts[kind])
+        if kind == "conv2d" and len(kernel) == 2:
+            names[path] = TorchName(names[path], (1, 1, kernel[0]), convolution=True)
+        counts[kind] += 1
     return names
 
 

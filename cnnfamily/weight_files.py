@@ -1,4 +1,4 @@
-"""Files of weights as arrays by name: safetensors, torch's own, and those on the Hugging Face Hub."""
+"""Files of weights as arrays by name: safetensors, torch's own, Keras's, and those on the Hugging Face Hub."""
 
 import contextlib
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from cnnfamily import keras_files
 from cnnfamily.errors import UsageError, one_line, warn
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
@@ -19,7 +20,8 @@ HUB = "hf:"
 def read_weights(file: str | Path) -> dict[str, np.ndarray]:
     """The arrays of a `.safetensors` or `.pth` file, or of `hf:OWNER/REPO[/FILE]`, by name; half precisions become float32.
 
-    No code in a file is run: of a `.pth` file torch unpickles tensors and containers alone (`weights_only=True`).
+    No code in a file is run: of a `.pth` file torch unpickles tensors and containers alone (`weights_only=True`), of a `.keras`
+    file the weights alone are read. Those of Keras (`.weights.h5` and `.h5` too) come by `keras_files`'s names.
 
     Raises:
       UsageError: no such file, a damaged one, one that holds no weights or a number that is not finite; no library for it.
@@ -27,14 +29,17 @@ def read_weights(file: str | Path) -> dict[str, np.ndarray]:
     path = _download(str(file)) if str(file).startswith(HUB) else Path(file)
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
-        raise UsageError(f"{file} {found}; expected a .safetensors or .pth file, or hf:OWNER/REPO")
-    if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
-        raise UsageError(f"{file} ends in {path.suffix!r}; expected .safetensors or {', '.join(TORCH_SUFFIXES)}")
+        raise UsageError(f"{file} {found}; expected a .safetensors or .pth file, Keras's .h5 or .keras, or hf:OWNER/REPO")
+    known = (".safetensors", *TORCH_SUFFIXES, *keras_files.SUFFIXES)
+    if path.suffix not in known:
+        raise UsageError(f"{file} ends in {path.suffix!r}; expected {', '.join(known)}")
     if path.suffix == ".safetensors":
         try:
             tensors = safetensors.numpy.load_file(path)
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             raise UsageError(f"{file} is damaged or no safetensors file: {error}") from error
+    elif path.suffix in keras_files.SUFFIXES:
+        tensors = keras_files.read_keras(path, str(file))
     else:
         tensors = _read_torch(path, str(file))
     return tidy(tensors, str(file))

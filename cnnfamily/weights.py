@@ -1,4 +1,6 @@
-"""Published weights in and out of a network: torch's names and layout, in torchvision's or timm's scheme (see `naming`)."""
+"""Published weights in and out of a network: torch's names and layout, in torchvision's or timm's scheme, and Keras's
+files (see `naming`, `keras_files`).
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,13 +14,14 @@ import safetensors.numpy
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cnnfamily import disk, naming
+from cnnfamily import disk, keras_files, naming
 from cnnfamily.errors import UsageError, unknown, warn
 from cnnfamily.models import NETWORKS, create_model, initialize
 from cnnfamily.models.layers import parameter_dtype_of
 from cnnfamily.weight_files import HUB, read_weights, tidy
 
-AUXILIARY = ("aux1.", "aux2.")  # torchvision's GoogLeNet file has these classifiers, which a network may leave out
+# What a network may leave out: classifiers of torchvision's GoogLeNet, the normalisation of images in Keras's EfficientNet.
+AUXILIARY = ("aux1.", "aux2.", "normalization.")
 
 
 def load_pretrained(
@@ -32,17 +35,21 @@ def load_pretrained(
     on standard error says so.
 
     A file says nothing about fields: timm's own EfficientNets all have `norm_epsilon=1e-5`, those whose names begin with `tf_`
-    `norm_epsilon=1e-3, padding="same"`; networks here are torchvision's.
+    `norm_epsilon=1e-3, padding="same"`; networks here are torchvision's. Keras's MobileNets and EfficientNets are all
+    `norm_epsilon=1e-3, padding="same"`, V1 with `activation="relu6"`, V3 with `width_rule="keras"`: of a network given by its
+    name a Keras file sets these where no override does, and a line says so, and what images the network expects.
 
     Args:
       network: a name, or a network; one with published weights.
-      file: a `.safetensors` or `.pth` file, `hf:OWNER/REPO[/FILE]` on the Hugging Face Hub, or a state dict.
+      file: a `.safetensors` or `.pth` file, one of Keras's (`.h5`, `.weights.h5`, `.keras`), `hf:OWNER/REPO[/FILE]` on the
+        Hugging Face Hub, or a state dict.
       overrides: fields of the network.
 
     Raises:
       UsageError: no such file, a damaged one, or one that does not hold this network's weights, all of them and no others.
     """
-    if isinstance(network, str):
+    named = isinstance(network, str)
+    if named:
         name, network = network, create_model(network, **overrides)
     else:
         name = type(network).__name__
@@ -52,13 +59,20 @@ def load_pretrained(
         network = network.clone(**overrides)
     source = "the state dict" if isinstance(file, Mapping) else str(file)
     tensors = tidy(file, source) if isinstance(file, Mapping) else read_weights(file)
+    unset = {}
+    if named and keras_files.FIRST in tensors:
+        unset = {field: value for field, value in keras_files.fields_of(network).items() if field not in overrides}
+        unset = {field: value for field, value in unset.items() if getattr(network, field) != value}
+        network = network.clone(**unset)  # before the arrays are looked at: a width rule decides on their shapes
     fits = [_fit(network, scheme, tensors, "num_classes" in overrides) for scheme in naming.schemes_of(network)]
     fit = min(fits, key=lambda fit: fit.faults)
     if fit.faults:
         raise UsageError(f"{source} does not fit {name}: {fit.describe()}{_resembling(tensors, name, fit)}")
     for note in fit.notes:
         warn(f"{source}: {note}")
-    _warn_of_fields(network, source)
+    if fit.scheme == "keras":
+        warn(f"{source} is Keras's: {_text_of(unset)}images are {keras_files.images_of(network, tensors)}")
+    _warn_of_fields(network, source, fit.scheme)
     if fit.fresh:
         drawn = flatten_dict(initialize(network, jax.random.key(0)))
         fit.values.update({leaf.path: drawn[leaf.path] for leaf in fit.fresh})
@@ -214,12 +228,21 @@ def _resembling(tensors: dict[str, np.ndarray], name: str, fit: _Fit) -> str:
     return ""
 
 
-def _warn_of_fields(network: nn.Module, source: str) -> None:
-    """A line where timm is known to compute with other fields than the network's, which would only cost accuracy."""
-    if not source.startswith(f"{HUB}timm/"):
+def _text_of(fields: dict[str, Any]) -> str:
+    return "set " + ", ".join(f"{field}={value!r}" for field, value in fields.items()) + "; " if fields else ""
+
+
+def _warn_of_fields(network: nn.Module, source: str, scheme: str) -> None:
+    """A line where Keras or timm computes with other fields than the network's, which would only cost accuracy."""
+    if scheme == "keras":
+        owner, theirs = "Keras", keras_files.fields_of(network)
+    elif source.startswith(f"{HUB}timm/"):
+        owner, theirs = "timm", {"padding": "symmetric", "norm_epsilon": 1e-5}
+        if "/tf_" in source:
+            theirs = {"padding": "same", "norm_epsilon": 1e-3}
+    else:
         return
-    theirs = {"padding": "same", "norm_epsilon": 1e-3} if "/tf_" in source else {"padding": "symmetric", "norm_epsilon": 1e-5}
     for field, value in theirs.items():
         ours = getattr(network, field, value)
         if ours != value:
-            warn(f"{source}: timm computes with {field}={value!r}, this network with {ours!r}; pass {field}={value!r}")
+            warn(f"{source}: {owner} computes with {field}={value!r}, this network with {ours!r}; pass {field}={value!r}")

@@ -168,7 +168,7 @@ def test_one_key_too_many_is_refused(resnet18):
         ("text.safetensors", b"these are no weights at all", "text.safetensors is damaged or no safetensors file"),
         ("cut.safetensors", 1000, "cut.safetensors is damaged or no safetensors file"),
         ("short.safetensors", -5, "short.safetensors is damaged or no safetensors file"),
-        ("weights.h5", b"HDF", "ends in '.h5'; expected .safetensors or .pth"),
+        ("weights.npz", b"PK", "ends in '.npz'; expected .safetensors, .pth, "),
     ],
 )
 def test_bad_files_are_one_line(tmp_path, resnet18, name, content, message):
