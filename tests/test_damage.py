@@ -81,7 +81,7 @@ def test_a_flipped_byte_a_truncation_and_a_deletion_are_found_in_every_file(run)
     folder = run / "checkpoints" / "88"
     # Orbax writes this one after the digests, and nobody reads it: see the next test.
     files = [path for path in folder.rglob("*") if path.is_file() and path != folder / "commit_success.txt"]
-    assert len(files) > 15
+    assert len(files) >= 15
     assert disk.damage(folder) is None
     for path in files:
         name, content = path.relative_to(folder).as_posix(), path.read_bytes()

@@ -128,7 +128,9 @@ def at(variables, path: str):
     return variables
 
 
-@pytest.mark.parametrize("listed", sorted(KEYS))
+@pytest.mark.parametrize(
+    "listed", [pytest.param(name, marks=[pytest.mark.full] if "_b4" in name else []) for name in sorted(KEYS)]
+)
 def test_layers_and_shapes_are_keras(listed):
     """In Keras's order, class by class; but the normalisation of images, which is no layer of ours."""
     counts, expected = collections.Counter(), {}
@@ -269,6 +271,7 @@ def test_a_classifier_of_one_class_is_no_depthwise_convolution(tmp_path):
     np.testing.assert_array_equal(variables["params"]["classifier"]["kernel"], kernel[0, 0, :, :1])
 
 
+@pytest.mark.full  # it looks through all networks: the search itself is in test_weights.py
 def test_weights_of_another_network_say_whose_they_look_like(tmp_path):
     file = write(tmp_path / "x.weights.h5", arrays_of("efficientnet_b0"))
     for name in ("efficientnet_b1", "resnet18", "mobilenet_v2"):

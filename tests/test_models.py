@@ -146,6 +146,7 @@ def test_shapes_and_dtypes(name, dtype):
     assert_types(create_model(name, dtype=dtype, **shallow))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["resnet110_cifar", "efficientnet_b2"])
 def test_shapes_and_dtypes_at_full_depth(name):
     assert_types(create_model(name))
