@@ -67,7 +67,10 @@ def test_layers():
     assert (found["classifier"].output, found["classifier"].params) == ((1000,), 1280 * 1000 + 1000)
 
 
-@pytest.mark.parametrize(("width", "pixels"), COUNTS)
+OTHER_SIZES = [pytest.param(*row, marks=pytest.mark.full) for row in COUNTS if row[1] != 224]
+
+
+@pytest.mark.parametrize(("width", "pixels"), [*(row for row in COUNTS if row[1] == 224), *OTHER_SIZES])
 def test_counts(width, pixels):
     found = summarize(create_model("mobilenet_v2", width=width, resolution=pixels))
     assert (found.params, found.macs) == COUNTS[width, pixels]

@@ -108,7 +108,10 @@ def test_nonlinearities(name, expected):
     assert " ".join(row[4] for row in create_model(f"mobilenet_v3_{name}").stages) == expected
 
 
-@pytest.mark.parametrize(("name", "width", "pixels", "rule"), COUNTS)
+OTHER_SIZES = [pytest.param(*row, marks=pytest.mark.full) for row in COUNTS if row[2] != 224]
+
+
+@pytest.mark.parametrize(("name", "width", "pixels", "rule"), [*(row for row in COUNTS if row[2] == 224), *OTHER_SIZES])
 def test_counts(name, width, pixels, rule):
     found = summarize(create_model(f"mobilenet_v3_{name}", width=width, resolution=pixels, width_rule=rule))
     assert (found.params, found.macs) == COUNTS[name, width, pixels, rule]

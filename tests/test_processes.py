@@ -289,10 +289,11 @@ def test_every_test_example_counts_once_on_any_number_of_devices(finished):
         assert figure == pytest.approx(finished[1].metrics, rel=1e-5)
 
 
-def test_two_processes_make_the_same_random_choices(start, x64, tmp_path):
-    """With two devices each and two micro-batches, against one process with one device: as the running step recorded them."""
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_two_processes_make_the_same_random_choices(micro_batches, start, x64, tmp_path):
+    """With two devices each, against one process with one device: as the running step recorded them."""
     file, script = tmp_path / "choices.npz", Path(recorded.__file__)
-    ours = ends(start(2, script, file, "subset", 4, 2, devices=2))
+    ours = ends(start(2, script, file, "subset", 4, micro_batches, devices=2))
     assert [(status, said(err)) for status, _, err in ours] == [(0, []), (0, [])]
     state, steps, _ = twenty_steps("subset", 4, 1, 1)
     expected, found = recorded.flat(state, steps), np.load(file)

@@ -181,7 +181,10 @@ def test_store_and_sent_images_give_the_same_update(x64):
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
 
 
-@pytest.mark.parametrize("form", ["example", "batch", "subset"])
+FORMS = ["example", *(pytest.param(form, marks=pytest.mark.full) for form in ("batch", "subset"))]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_the_step_of_efficientnet_b0_lowers_for_gpu_and_tpu(form):
     """With averages and micro-batches on eight devices: what cannot run here is at least known to compile to StableHLO."""
     config = configs.load_config("configs/efficientnet_b0.py", {"model.stochastic_depth_form": form})
