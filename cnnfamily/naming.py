@@ -128,8 +128,10 @@ def _shapes(network: nn.Module) -> tuple[dict[tuple[str, ...], tuple[int, ...]],
     return {path: tuple(leaf.shape) for path, leaf in flatten_dict(kept).items()}, [path for path in paths if path]
 
 
-def _resnet(network: resnet.ResNet, scheme: str, paths: list[str]) -> dict[str, str]:
+def _resnet(network: resnet.ResNet, scheme: str, paths: list[str]) -> dict[str, str | TorchName]:
     """Both schemes alike: timm took over torchvision's names; `se` is timm's own, of its `seresnet50`."""
+    if network.preactivation:
+        return _resnet_v2(network, paths) if scheme == "timm" else {}
     names = {"stem": "conv1", "stem_norm": "bn1", "classifier": "fc"}
     inside = {"branch/se/reduce": "se.fc1", "branch/se/expand": "se.fc2"}
     inside |= {"shortcut/conv": "downsample.0", "shortcut/norm": "downsample.1", "": ""}
@@ -140,6 +142,19 @@ def _resnet(network: resnet.ResNet, scheme: str, paths: list[str]) -> dict[str, 
             stage, block, rest = match.groups()
             if rest in inside:
                 names[path] = f"layer{stage}.{int(block) - 1}.{inside[rest]}".rstrip(".")
+    return names
+
+
+def _resnet_v2(network: resnet.ResNet, paths: list[str]) -> dict[str, str | TorchName]:
+    """timm's of its `resnetv2_50`, whose classifier is a convolution over the mean."""
+    widened = round_filters(network.filters * 2 ** (len(network.stage_sizes) - 1), network.width)
+    classifier = TorchName("head.fc", (1, 1, 4 * widened if network.block == "bottleneck" else widened), convolution=True)
+    names = {"stem": "stem.conv", "head_norm": "norm", "classifier": classifier}
+    for path in paths:
+        if match := re.fullmatch(r"stage(\d+)_block(\d+)/(norm|shortcut/conv|branch/conv\d|branch/norm\d)", path):
+            stage, block, rest = match.groups()
+            rest = {"norm": "norm1", "shortcut/conv": "downsample.conv"}.get(rest, rest.removeprefix("branch/"))
+            names[path] = f"stages.{int(stage) - 1}.blocks.{int(block) - 1}.{rest}"
     return names
 
 

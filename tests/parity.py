@@ -16,6 +16,7 @@ import cnnfamily
 from cnnfamily import naming
 
 RESIDUAL = ("BasicBlock", "Bottleneck", "MBConv", "InvertedResidual", "DepthwiseSeparableConv")  # torchvision's and timm's
+RESIDUAL += ("PreActBasic", "PreActBottleneck")
 
 
 def import_torchvision():

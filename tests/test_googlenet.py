@@ -11,7 +11,8 @@ from test_step import BATCH, batch_of, update_of, view
 from cnnfamily import losses, rng
 from cnnfamily.errors import UsageError
 from cnnfamily.models import create_model, initialize
-from cnnfamily.models.googlenet import MODULES, Auxiliary, ConvNorm
+from cnnfamily.models.googlenet import MODULES, Auxiliary
+from cnnfamily.models.layers import Conv
 from cnnfamily.step import create_state
 from cnnfamily.summary import summarize
 
@@ -111,7 +112,7 @@ def test_pools_of_the_auxiliary_classifiers():
     for pool, bins in (("paper", (0, 5, 3, 8, 6, 11, 9, 14)), ("adaptive", (0, 4, 3, 7, 7, 11, 10, 14))):
         bins = [slice(*bins[i : i + 2]) for i in (0, 2, 4, 6)]
         pooled = np.array([[maps[0, i, j].mean((0, 1)) for j in bins] for i in bins])[None]
-        head = Auxiliary(3, ConvNorm, jax.nn.relu, pool, 0.0, "float32")
+        head = Auxiliary(3, Conv, jax.nn.relu, pool, 0.0, "float32")
         variables = head.init(jax.random.key(0), maps, False, None)
         assert variables["params"]["hidden"]["kernel"].shape == (4 * 4 * 128, 1024)
         expected = head.clone(pool="adaptive").apply(variables, pooled.astype(np.float32), False, None)

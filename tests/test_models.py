@@ -1,15 +1,20 @@
 """Every network by name: what it takes, what it gives, and that all of it is used."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 import cnnfamily
 from cnnfamily.errors import UsageError
 from cnnfamily.models import NETWORKS, build, create_model, initialize, list_models, model_config
 from cnnfamily.models.googlenet import MODULES
+from cnnfamily.models.layers import ACTIVATIONS
 
 STREAMS = ("stochastic_depth", "dropout")
 
@@ -169,6 +174,75 @@ def test_everything_is_float64_if_asked(x64, name, fields):
     assert {leaf.dtype for leaf in jax.tree.leaves(traced(create_model(name, dtype="float64", **fields)))} == {
         np.dtype("float64")
     }
+
+
+NORMED = [name for name in FIRST if "batch_norm" in model_config(name)]
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_batch_norm_is_a_switch(name):
+    """Without it no statistics and scales are left, and the convolutions have the bias that the norms had."""
+    arrays = {}
+    for switch in (True, False):
+        network = create_model(name, batch_norm=switch)
+        images = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, network.in_channels), jnp.float32)
+        arrays[switch] = jax.eval_shape(network.init, abstract_key(), images)
+    scales = sum(leaf.size for path, leaf in flatten_dict(arrays[True]["params"]).items() if path[-1] == "scale")
+    assert scales > 0
+    assert "batch_stats" not in arrays[False]
+    with_norms, without = (sum(leaf.size for leaf in jax.tree.leaves(arrays[switch]["params"])) for switch in (True, False))
+    always = name.startswith(("alexnet", "vgg"))  # whose convolutions have a bias anyway
+    assert with_norms - without == (2 if always else 1) * scales
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_the_norm_stands_before_or_after_the_activation(name):
+    """Nothing but the order changes, and that everywhere: the arrays stay, and every activation sees another input."""
+    network = create_model(name, batch_norm=True)
+    images = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, network.in_channels), jnp.float32)
+    orders, shapes = [], []
+    for place in ("before", "after"):
+        called = []
+
+        def activation(x, called=called):
+            called.append("activation")
+            return x
+
+        def record(call, args, kwargs, context, called=called):
+            if context.method_name == "__call__" and type(context.module).__name__ in ("BatchNorm", "Conv"):
+                called.append(type(context.module).__name__)
+            return call(*args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch, nn.intercept_methods(record):
+            patch.setitem(ACTIVATIONS, network.activation, activation)
+            shapes.append(jax.eval_shape(network.clone(norm_place=place).init, abstract_key(), images))
+        orders.append("".join({"Conv": "c", "BatchNorm": "n", "activation": "a"}[name] for name in called))
+    assert jax.tree.map(jnp.shape, shapes[0]) == jax.tree.map(jnp.shape, shapes[1])
+    assert "cna" in orders[0]
+    assert "can" not in orders[0]
+    if name == "resnet18":  # the sum, and often a projection, stands between a block's last norm and the activation
+        block, widening = "cancna", "cancncna"
+        assert orders[1] == "can" + 2 * block + 3 * (widening + block)
+    else:
+        assert orders[1] == orders[0].replace("cna", "can")
+
+
+def test_a_network_without_norms_trains_under_stochastic_depth():
+    fields = {"stage_sizes": (1,), "stochastic_depth": 0.5, "stochastic_depth_group": 4, "batch_norm": False}
+    for form in ("example", "batch", "subset"):
+        network = create_model("resnet20_cifar", stochastic_depth_form=form, **fields)
+        train = functools.partial(network.apply, train=True, mutable=["batch_stats"])
+        rngs, images = {"stochastic_depth": jax.random.key(2)}, jnp.ones((8, 32, 32, 3))
+        logits, updates = jax.eval_shape(train, initialize(network, jax.random.key(0)), images, rngs=rngs)
+        assert (logits.shape, jax.tree.leaves(updates)) == ((8, 10), [])
+
+
+def test_a_last_scale_needs_a_last_norm():
+    images = jnp.zeros((1, 32, 32, 3))
+    for fields in ({"batch_norm": False}, {"preactivation": True}):
+        network = create_model("resnet18", zero_init_last=True, **fields)
+        with pytest.raises(UsageError, match=f"zero_init_last=True with {next(iter(fields))}=.*: no .*norm"):
+            jax.eval_shape(network.init, abstract_key(), images)
 
 
 # Values of one small network a family

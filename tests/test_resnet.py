@@ -162,6 +162,28 @@ def test_zero_init_last_makes_each_block_the_identity():
     np.testing.assert_array_equal(maps["stage2"], np.concatenate([expected, np.zeros_like(expected)], axis=3))
 
 
+def test_preactivation():
+    """He et al. 2016: the norms stand before the convolutions, one is at the end, and what a block hands on is a plain sum."""
+    params = shapes_of("resnet50", preactivation=True)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 25_549_352  # timm's resnetv2_50
+    assert set(params["stage1_block1"]) == {"norm", "branch", "shortcut"}
+    assert set(params["stage1_block1"]["shortcut"]) == {"conv"}
+    assert set(params["stage1_block1"]["branch"]) == {"conv1", "norm2", "conv2", "norm3", "conv3"}
+    assert "stem_norm" not in params
+    assert params["head_norm"]["scale"].shape == (2048,)
+    # Without its last convolution a block is the identity, below 0 too.
+    network = create_model("resnet20_cifar", stage_sizes=(2,), preactivation=True)
+    variables = initialize(network, jax.random.key(0))
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    stem = Conv(16, 3).apply({"params": variables["params"]["stem"]}, images)
+    for j in (1, 2):
+        last = variables["params"][f"stage1_block{j}"]["branch"]["conv2"]
+        last["kernel"] = jnp.zeros_like(last["kernel"])
+    _, updates = network.apply(variables, images, mutable=["intermediates"])
+    assert stem.min() < 0
+    np.testing.assert_array_equal(updates["intermediates"]["stage1"][0], stem)
+
+
 def test_padding_same_and_symmetric_differ_only_in_where_they_look():
     shapes = [shapes_of("resnet18", padding=padding) for padding in ("same", "symmetric")]
     assert shapes[0] == shapes[1]

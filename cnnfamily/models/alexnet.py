@@ -5,8 +5,6 @@ https://papers.nips.cc/paper/4824, section 3 and figure 2. One column: Krizhevsk
 convolutional neural networks", 2014, https://arxiv.org/abs/1404.5997.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -14,11 +12,11 @@ from flax import linen as nn
 from cnnfamily.models import initializers
 from cnnfamily.models.layers import (
     ACTIVATIONS,
-    Conv,
     Linear,
     adaptive_average,
     check_images,
     choose,
+    conv_and_norm,
     dropout,
     local_response_norm,
     logits,
@@ -48,6 +46,11 @@ class AlexNet(nn.Module):
     hidden: int = 4096  # units of the two layers before the classifier
     activation: str = "relu"
     dropout: float = 0.5
+    batch_norm: bool = False  # after each convolution; neither network has it
+    norm_place: str = "before"  # the activation, or "after" it
+    norm_momentum: float = 0.9
+    norm_epsilon: float = 1e-5
+    norm_group: int = 0  # examples that share batch statistics; 0: the whole batch
     dropout_on: str = "inputs"  # of the two hidden layers, as in torchvision, or their "outputs", as in the paper
     initialization: str = "torch"  # uniform by fan-in; or "paper": normal with deviation 0.01, and biases of 1
     dtype: str = "float32"
@@ -59,6 +62,7 @@ class AlexNet(nn.Module):
         position = jnp.arange(images.shape[0]) if position is None else position
         activation = choose("activation", self.activation, ACTIVATIONS)
         dropped = choose("dropout_on", self.dropout_on, ("inputs", "outputs"))
+        conv, norm = conv_and_norm(self, train)
         of_paper = choose("initialization", self.initialization, ("torch", "paper")) == "paper"
 
         def starts(fan_in, bias):
@@ -69,14 +73,13 @@ class AlexNet(nn.Module):
         x = images
         for i, (filters, kernel) in enumerate(zip(self.filters, KERNELS, strict=True)):
             groups = self.groups if i in PAIRED else 1
-            conv = partial(Conv, round_filters(filters, self.width), kernel, groups=groups, bias=True, dtype=self.dtype)
-            conv = partial(conv, **starts(x.shape[-1] // groups * kernel**2, 1.0 if i in PAIRED else 0.0))
+            start = starts(x.shape[-1] // groups * kernel**2, 1.0 if i in PAIRED else 0.0)
+            fields = {"groups": groups, "bias": True, "name": f"conv{i + 1}", **start}
             if i == 0:
-                edges = ((0, 0), (self.stem_padding,) * 2, (self.stem_padding,) * 2, (0, 0))
-                x = conv(stride=4, padding="valid", name="conv1")(jnp.pad(x, edges))
-            else:
-                x = conv(name=f"conv{i + 1}")(x)
-            x = activation(x)
+                x = jnp.pad(x, ((0, 0), (self.stem_padding,) * 2, (self.stem_padding,) * 2, (0, 0)))
+                fields |= {"stride": 4, "padding": "valid"}
+            x = conv(round_filters(filters, self.width), kernel, **fields)(x)
+            x = norm(activation, name=f"conv{i + 1}_norm")(x)
             if i < 2 and self.response_norm:
                 x = local_response_norm(x)
             if i in (0, 1, 4):

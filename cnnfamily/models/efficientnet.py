@@ -14,12 +14,11 @@ from flax import linen as nn
 from cnnfamily.models import initializers
 from cnnfamily.models.layers import (
     ACTIVATIONS,
-    BatchNorm,
-    Conv,
     Linear,
     SqueezeExcite,
     check_images,
     choose,
+    conv_and_norm,
     dropout,
     logits,
 )
@@ -56,9 +55,9 @@ class MBConv(nn.Module):
         expanded = round_filters(x.shape[-1] * self.expansion)
         y = x
         if expanded != x.shape[-1]:
-            y = self.activation(self.norm(name="expand_norm")(self.conv(expanded, 1, name="expand")(y)))
+            y = self.norm(self.activation, name="expand_norm")(self.conv(expanded, 1, name="expand")(y))
         y = self.conv(expanded, self.kernel, self.stride, groups=expanded, name="depthwise")(y)
-        y = self.activation(self.norm(name="depthwise_norm")(y))
+        y = self.norm(self.activation, name="depthwise_norm")(y)
         if self.squeezed:
             y = SqueezeExcite(self.squeezed, self.activation, dtype=self.dtype, name="se")(y)
         return self.norm(scale_init=self.last_scale_init, name="project_norm")(self.conv(self.filters, 1, name="project")(y))
@@ -88,6 +87,8 @@ class EfficientNet(nn.Module):
     stochastic_depth_scaling: str = "train"  # "test": as in the paper
     stochastic_depth_group: int = 16  # form "subset" computes a branch for some of so many examples
     zero_init_last: bool = False  # scale of each block's last norm starts at 0: the block starts as the identity
+    batch_norm: bool = True  # without, convolutions have a bias
+    norm_place: str = "before"  # the activation, or "after" it
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-5
     norm_group: int = 0  # examples that share batch statistics; 0: the whole batch
@@ -100,17 +101,10 @@ class EfficientNet(nn.Module):
         check_images(images, self.in_channels, smallest=32)
         position = jnp.arange(images.shape[0]) if position is None else position
         activation = choose("activation", self.activation, ACTIVATIONS)
-
-        def conv(filters, kernel, stride=1, **fields):
-            return Conv(filters, kernel, stride, padding=self.padding, dtype=self.dtype, **fields)
-
-        def norm(group=self.norm_group, **fields):
-            statistics = (self.norm_momentum, self.norm_epsilon, group, self.axis_name)
-            return BatchNorm(train, *statistics, dtype=self.dtype, **fields)
-
+        conv, norm = conv_and_norm(self, train)
         repeats = [round_repeats(stage[2], self.depth) for stage in self.stages]
         drop = iter(drops(self, sum(repeats), train, position))
-        x = activation(norm(name="stem_norm")(conv(round_filters(self.stem_filters, self.width), 3, 2, name="stem")(images)))
+        x = norm(activation, name="stem_norm")(conv(round_filters(self.stem_filters, self.width), 3, 2, name="stem")(images))
         for i, (expansion, filters, _, stage_stride, kernel) in enumerate(self.stages):
             filters = round_filters(filters, self.width)
             for j in range(repeats[i]):
@@ -132,7 +126,7 @@ class EfficientNet(nn.Module):
                 )
                 x = x + branch_output(block, x, block_drop, convolves=False) if residual else block(x)
             self.sow("intermediates", f"stage{i + 1}", x)
-        x = activation(norm(name="head_norm")(conv(round_filters(self.head_filters, self.width), 1, name="head")(x)))
+        x = norm(activation, name="head_norm")(conv(round_filters(self.head_filters, self.width), 1, name="head")(x))
         self.sow("intermediates", "head_output", x)
         x = x.mean(axis=(1, 2))
         if train and self.dropout:

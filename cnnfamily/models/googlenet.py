@@ -6,6 +6,7 @@ window in the last of the pools between stages.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,11 @@ from cnnfamily.errors import UsageError
 from cnnfamily.models import initializers
 from cnnfamily.models.layers import (
     ACTIVATIONS,
-    BatchNorm,
-    Conv,
     Linear,
     adaptive_average,
     check_images,
     choose,
+    conv_and_norm,
     dropout,
     local_response_norm,
     logits,
@@ -69,18 +69,17 @@ class Inception(nn.Module):
 class ConvNorm(nn.Module):
     """Convolution, batch norm if any, activation."""
 
+    conv: Callable
+    norm: Callable
+    activation: Callable
     filters: int
     kernel: int
     stride: int = 1
-    norm: Callable | None = None
-    activation: Callable = nn.relu
-    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x):
-        fields = {"bias": not self.norm, "kernel_init": initializers.normal(0.01), "dtype": self.dtype}
-        x = Conv(self.filters, self.kernel, self.stride, **fields, name="conv")(x)
-        return self.activation(self.norm(name="norm")(x) if self.norm else x)
+        conv = self.conv(self.filters, self.kernel, self.stride, kernel_init=initializers.normal(0.01), name="conv")
+        return self.norm(self.activation, name="norm")(conv(x))
 
 
 class GoogLeNet(nn.Module):
@@ -107,6 +106,7 @@ class GoogLeNet(nn.Module):
     transform_input: bool = True  # from the usual normalisation to the one for which the published weights were trained
     activation: str = "relu"
     dropout: float = 0.2
+    norm_place: str = "before"  # the activation, or "after" it
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-3
     norm_group: int = 0  # examples that share batch statistics; 0: the whole batch
@@ -119,13 +119,7 @@ class GoogLeNet(nn.Module):
         choose("aux_pool", self.aux_pool, ("adaptive", "paper"))
         position = jnp.arange(images.shape[0]) if position is None else position
         activation = choose("activation", self.activation, ACTIVATIONS)
-
-        def norm(**fields):
-            statistics = (self.norm_momentum, self.norm_epsilon, self.norm_group, self.axis_name)
-            return BatchNorm(train, *statistics, dtype=self.dtype, **fields)
-
-        def conv(filters, kernel, stride=1, **fields):
-            return ConvNorm(filters, kernel, stride, norm if self.batch_norm else None, activation, self.dtype, **fields)
+        conv = partial(ConvNorm, *conv_and_norm(self, train), activation)
 
         def response_norm(x):
             return local_response_norm(x) if self.response_norm else x

@@ -175,6 +175,31 @@ class BatchNorm(nn.Module):
         return x, mean, var
 
 
+def conv_and_norm(network: nn.Module, train: bool) -> tuple[Callable, Callable]:
+    """The convolution and the batch norm of a network, with its padding, dtype, statistics and switches bound.
+
+    `conv(filters, kernel, stride, ...)` is a `Conv`, with a bias where the network has no batch norm. `norm(activation, ...)`
+    is a `BatchNorm` and an activation (default: none), in the order of `network.norm_place`; the activation alone where
+    `network.batch_norm` is False.
+    """
+    before = choose("norm_place", network.norm_place, ("before", "after")) == "before"
+    if not network.batch_norm and getattr(network, "zero_init_last", False):
+        raise UsageError("zero_init_last=True with batch_norm=False: no norm is left whose scale could start at 0")
+
+    def conv(filters: int, kernel: int, stride: int = 1, **fields):
+        fields = {"padding": getattr(network, "padding", "symmetric"), "bias": not network.batch_norm} | fields
+        return Conv(filters, kernel, stride, dtype=network.dtype, **fields)
+
+    def norm(activation: Callable = ACTIVATIONS["identity"], group: int = network.norm_group, **fields):
+        if not network.batch_norm:
+            return activation
+        statistics = (network.norm_momentum, network.norm_epsilon, group, network.axis_name)
+        layer = BatchNorm(train, *statistics, dtype=network.dtype, **fields)
+        return (lambda x: activation(layer(x))) if before else (lambda x: layer(activation(x)))
+
+    return conv, norm
+
+
 class SqueezeExcite(nn.Module):
     """Channel attention: global mean, two 1x1 convolutions with bias, a gate (Hu et al. 2018, https://arxiv.org/abs/1709.01507)."""
 

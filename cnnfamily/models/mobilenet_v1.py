@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cnnfamily.models import initializers
-from cnnfamily.models.layers import ACTIVATIONS, BatchNorm, Conv, Linear, check_images, choose, dropout, logits
+from cnnfamily.models.layers import ACTIVATIONS, Linear, check_images, choose, conv_and_norm, dropout, logits
 from cnnfamily.scaling import round_filters, round_repeats
 
 # The last row is printed with stride 2, but its maps of 7x7 in and out need 1.
@@ -39,8 +39,8 @@ class Separable(nn.Module):
     def __call__(self, x):
         channels = x.shape[-1]
         x = self.conv(channels, 3, self.stride, groups=channels, name="depthwise")(x)
-        x = self.activation(self.norm(name="depthwise_norm")(x))
-        return self.activation(self.norm(name="pointwise_norm")(self.conv(self.filters, 1, name="pointwise")(x)))
+        x = self.norm(self.activation, name="depthwise_norm")(x)
+        return self.norm(self.activation, name="pointwise_norm")(self.conv(self.filters, 1, name="pointwise")(x))
 
 
 class Full(nn.Module):
@@ -54,7 +54,7 @@ class Full(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return self.activation(self.norm(name="conv_norm")(self.conv(self.filters, 3, self.stride, name="conv")(x)))
+        return self.norm(self.activation, name="conv_norm")(self.conv(self.filters, 3, self.stride, name="conv")(x))
 
 
 class MobileNetV1(nn.Module):
@@ -75,6 +75,8 @@ class MobileNetV1(nn.Module):
     depthwise: bool = True  # False: full 3x3 convolutions in the place of separable ones, "Conv MobileNet" of Table 4
     activation: str = "relu"  # the authors' code has relu6
     dropout: float = 0.0  # not in the paper; 0.001 in the authors' code
+    batch_norm: bool = True  # without, convolutions have a bias
+    norm_place: str = "before"  # the activation, or "after" it
     norm_momentum: float = 0.99
     norm_epsilon: float = 1e-3
     norm_group: int = 0  # examples that share batch statistics; 0: the whole batch
@@ -87,16 +89,9 @@ class MobileNetV1(nn.Module):
         check_images(images, self.in_channels, smallest=32)
         position = jnp.arange(images.shape[0]) if position is None else position
         activation = choose("activation", self.activation, ACTIVATIONS)
-
-        def conv(filters, kernel, stride=1, **fields):
-            return Conv(filters, kernel, stride, padding=self.padding, dtype=self.dtype, **fields)
-
-        def norm(**fields):
-            statistics = (self.norm_momentum, self.norm_epsilon, self.norm_group, self.axis_name)
-            return BatchNorm(train, *statistics, dtype=self.dtype, **fields)
-
+        conv, norm = conv_and_norm(self, train)
         block = partial(Separable if self.depthwise else Full, conv, norm, activation)
-        x = activation(norm(name="stem_norm")(conv(round_filters(self.stem_filters, self.width), 3, 2, name="stem")(images)))
+        x = norm(activation, name="stem_norm")(conv(round_filters(self.stem_filters, self.width), 3, 2, name="stem")(images))
         blocks = 0
         for i, (filters, repeats, stride) in enumerate(self.stages):
             for j in range(round_repeats(repeats, self.depth)):

@@ -14,12 +14,11 @@ from flax import linen as nn
 from cnnfamily.models import initializers
 from cnnfamily.models.layers import (
     ACTIVATIONS,
-    BatchNorm,
-    Conv,
     Linear,
     SqueezeExcite,
     check_images,
     choose,
+    conv_and_norm,
     dropout,
     logits,
 )
@@ -82,9 +81,9 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x):
         if self.expanded != x.shape[-1]:
-            x = self.activation(self.norm(name="expand_norm")(self.conv(self.expanded, 1, name="expand")(x)))
+            x = self.norm(self.activation, name="expand_norm")(self.conv(self.expanded, 1, name="expand")(x))
         x = self.conv(self.expanded, self.kernel, self.stride, groups=self.expanded, name="depthwise")(x)
-        x = self.activation(self.norm(name="depthwise_norm")(x))
+        x = self.norm(self.activation, name="depthwise_norm")(x)
         if self.squeezed:
             x = SqueezeExcite(self.squeezed, gate=ACTIVATIONS["hard_sigmoid"], dtype=self.dtype, name="se")(x)
         return self.norm(scale_init=self.last_scale_init, name="project_norm")(self.conv(self.filters, 1, name="project")(x))
@@ -121,6 +120,8 @@ class MobileNetV3(nn.Module):
     stochastic_depth_scaling: str = "train"  # "test": as in the paper
     stochastic_depth_group: int = 16  # form "subset" computes a branch for some of so many examples
     zero_init_last: bool = False  # scale of each block's last norm starts at 0: the block starts as the identity
+    batch_norm: bool = True  # without, convolutions have a bias
+    norm_place: str = "before"  # the activation, or "after" it
     norm_momentum: float = 0.99
     norm_epsilon: float = 1e-3
     norm_group: int = 0  # examples that share batch statistics; 0: the whole batch
@@ -135,13 +136,7 @@ class MobileNetV3(nn.Module):
         position = jnp.arange(images.shape[0]) if position is None else position
         activation = choose("activation", self.activation, ACTIVATIONS)
         nonlinearities = {"RE": nn.relu, "HS": activation}
-
-        def conv(filters, kernel, stride=1, **fields):
-            return Conv(filters, kernel, stride, padding=self.padding, dtype=self.dtype, **fields)
-
-        def norm(group=self.norm_group, **fields):
-            statistics = (self.norm_momentum, self.norm_epsilon, group, self.axis_name)
-            return BatchNorm(train, *statistics, dtype=self.dtype, **fields)
+        conv, norm = conv_and_norm(self, train)
 
         def linear(units, name):
             return Linear(units, kernel_init=initializers.normal(0.01), dtype=self.dtype, name=name)
@@ -150,7 +145,7 @@ class MobileNetV3(nn.Module):
         drop = iter(drops(self, repeats * len(self.stages), train, position))
         table_filters = self.stem_filters  # of a row's input, before it is scaled
         x = conv(round_filters(self.stem_filters, self.width if scales_stem else 1.0), 3, 2, name="stem")(images)
-        x = activation(norm(name="stem_norm")(x))
+        x = norm(activation, name="stem_norm")(x)
         for i, (kernel, table_expanded, filters, has_se, nonlinearity, row_stride) in enumerate(self.stages):
             scaled = round_filters(filters, self.width)
             for j in range(repeats):
@@ -177,7 +172,7 @@ class MobileNetV3(nn.Module):
                 x = x + branch_output(block, x, block_drop, convolves=False) if residual else block(x)
                 table_filters = filters
             self.sow("intermediates", f"stage{i + 1}", x)
-        x = activation(norm(name="head_norm")(conv(6 * x.shape[-1], 1, name="head")(x)))
+        x = norm(activation, name="head_norm")(conv(6 * x.shape[-1], 1, name="head")(x))
         self.sow("intermediates", "head_output", x)
         x = x.mean(axis=(1, 2))
         hidden = round_filters(self.hidden_units, self.width if thins_hidden else max(1.0, self.width))

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from cnnfamily.errors import UsageError
 from cnnfamily.models import initializers
 from cnnfamily.models.layers import (
     ACTIVATIONS,
-    BatchNorm,
-    Conv,
     Linear,
     SqueezeExcite,
     check_images,
     choose,
+    conv_and_norm,
     logits,
 )
 from cnnfamily.models.stochastic_depth import Drop, branch_output, drops
@@ -55,7 +55,10 @@ class Shortcut(nn.Module):
 
 
 class Branch(nn.Module):
-    """The residual function of a block: two 3x3 convolutions ("basic"), or 1x1, 3x3, 1x1 ("bottleneck")."""
+    """The residual function of a block: two 3x3 convolutions ("basic"), or 1x1, 3x3, 1x1 ("bottleneck").
+
+    A norm follows each convolution; with `preactivation` it stands before it, that of the first in `Block`.
+    """
 
     kind: str
     conv: Callable
@@ -67,28 +70,37 @@ class Branch(nn.Module):
     groups: int
     group_width: int
     squeezed: Callable
+    preactivation: bool
     last_scale_init: Callable
     dtype: str
 
     @nn.compact
     def __call__(self, x):
         if self.kind == "basic":
-            y = self.activation(self.norm(name="norm1")(self.conv(self.filters, 3, self.stride, name="conv1")(x)))
-            y = self.norm(scale_init=self.last_scale_init, name="norm2")(self.conv(self.filters, 3, name="conv2")(y))
+            convs = ((self.filters, 3, self.stride, 1), (self.filters, 3, 1, 1))
         else:
             inner = int(self.filters * self.group_width / 64) * self.groups
             first, second = (self.stride, 1) if self.stride_on == "1x1" else (1, self.stride)
-            y = self.activation(self.norm(name="norm1")(self.conv(inner, 1, first, name="conv1")(x)))
-            y = self.conv(inner, 3, second, groups=self.groups, name="conv2")(y)
-            y = self.activation(self.norm(name="norm2")(y))
-            y = self.norm(scale_init=self.last_scale_init, name="norm3")(self.conv(4 * self.filters, 1, name="conv3")(y))
-        if self.squeezed(y.shape[-1]):
-            y = SqueezeExcite(self.squeezed(y.shape[-1]), dtype=self.dtype, name="se")(y)
-        return y
+            convs = ((inner, 1, first, 1), (inner, 3, second, self.groups), (4 * self.filters, 1, 1, 1))
+        for i, (filters, kernel, stride, groups) in enumerate(convs, start=1):
+            if self.preactivation and i > 1:
+                x = self.norm(self.activation, name=f"norm{i}")(x)
+            x = self.conv(filters, kernel, stride, groups=groups, name=f"conv{i}")(x)
+            if not self.preactivation and i < len(convs):
+                x = self.norm(self.activation, name=f"norm{i}")(x)
+            elif not self.preactivation:
+                x = self.norm(scale_init=self.last_scale_init, name=f"norm{i}")(x)
+        if self.squeezed(x.shape[-1]):
+            x = SqueezeExcite(self.squeezed(x.shape[-1]), dtype=self.dtype, name="se")(x)
+        return x
 
 
 class Block(nn.Module):
-    """A branch and its shortcut, added, then the activation; `norm` serves the shortcut."""
+    """A branch and its shortcut, added, then the activation; `norm` serves the shortcut.
+
+    With `preactivation` norm and activation come first instead, and a projection sees their output too, as in the code of
+    "Identity Mappings in Deep Residual Networks", He et al. 2016, https://arxiv.org/abs/1603.05027, figure 4 (e).
+    """
 
     branch: Callable
     shortcut: str
@@ -96,13 +108,18 @@ class Block(nn.Module):
     norm: Callable
     activation: Callable
     stride: int
+    preactivation: bool
 
     @nn.compact
     def __call__(self, x, drop: Drop):
-        y = branch_output(self.branch(name="branch"), x, drop, convolves=True)
+        activated = self.norm(self.activation, name="norm")(x) if self.preactivation else x
+        y = branch_output(self.branch(name="branch"), activated, drop, convolves=True)
         if self.shortcut != "none":
-            y = Shortcut(self.shortcut, self.conv, self.norm, self.stride, name="shortcut")(x, y.shape) + y
-        return self.activation(y)
+            projects = self.shortcut == "C" or (self.shortcut == "B" and y.shape != x.shape)
+            norm = (lambda name: ACTIVATIONS["identity"]) if self.preactivation else self.norm
+            shortcut = Shortcut(self.shortcut, self.conv, norm, self.stride, name="shortcut")
+            y = shortcut(activated if projects else x, y.shape) + y
+        return y if self.preactivation else self.activation(y)
 
 
 class ResNet(nn.Module):
@@ -127,6 +144,9 @@ class ResNet(nn.Module):
     group_width: int = 64
     se_reduction: int = 0  # 16 in the SE paper; 0: without
     activation: str = "relu"
+    preactivation: bool = False  # norm and activation before each convolution, not after
+    batch_norm: bool = True  # without, convolutions have a bias
+    norm_place: str = "before"  # the activation, or "after" it
     stochastic_depth: float = 0.0
     stochastic_depth_form: str = "example"  # example, batch, subset or none: see stochastic_depth
     stochastic_depth_schedule: str = "l/L"
@@ -149,13 +169,9 @@ class ResNet(nn.Module):
         check_images(images, self.in_channels, smallest=32 if imagenet else 4)
         position = jnp.arange(images.shape[0]) if position is None else position
         activation = choose("activation", self.activation, ACTIVATIONS)
-
-        def conv(filters, kernel, stride=1, **fields):
-            return Conv(filters, kernel, stride, padding=self.padding, dtype=self.dtype, **fields)
-
-        def norm(group=self.norm_group, **fields):
-            statistics = (self.norm_momentum, self.norm_epsilon, group, self.axis_name)
-            return BatchNorm(train, *statistics, dtype=self.dtype, **fields)
+        conv, norm = conv_and_norm(self, train)
+        if self.preactivation and self.zero_init_last:
+            raise UsageError("zero_init_last=True with preactivation=True: no branch ends with a norm")
 
         def squeezed(filters):
             return max(1, filters // self.se_reduction) if self.se_reduction else 0
@@ -165,7 +181,7 @@ class ResNet(nn.Module):
         drop = iter(drops(self, blocks, train, position) if self.shortcut != "none" else [Drop()] * blocks)
         filters = round_filters(self.filters, self.width)
         x = conv(filters, 7, 2, name="stem")(images) if imagenet else conv(filters, 3, name="stem")(images)
-        x = activation(norm(name="stem_norm")(x))
+        x = x if self.preactivation else norm(activation, name="stem_norm")(x)
         if imagenet:
             edges = "SAME" if self.padding == "same" else ((1, 1), (1, 1))
             x = nn.max_pool(x, (3, 3), (2, 2), padding=edges)
@@ -184,12 +200,14 @@ class ResNet(nn.Module):
                     groups=self.groups,
                     group_width=self.group_width,
                     squeezed=squeezed,
+                    preactivation=self.preactivation,
                     last_scale_init=initializers.zeros if self.zero_init_last else initializers.ones,
                     dtype=self.dtype,
                 )
-                block = Block(branch, self.shortcut, conv, norm, activation, stride, name=f"stage{i + 1}_block{j + 1}")
-                x = block(x, block_drop)
+                fields = (self.shortcut, conv, norm, activation, stride, self.preactivation)
+                x = Block(branch, *fields, name=f"stage{i + 1}_block{j + 1}")(x, block_drop)
             self.sow("intermediates", f"stage{i + 1}", x)
+        x = norm(activation, name="head_norm")(x) if self.preactivation else x
         x = x.mean(axis=(1, 2))
         return logits(Linear(self.num_classes, dtype=self.dtype, name="classifier")(x))
 

@@ -156,10 +156,11 @@ def _conditional(branch: nn.Module, x: Array, keep: Array, convolves: bool) -> A
 
     @jax.jit  # traced once for its shape, the conditional and the mask
     def run(variables, x):
-        return branch.clone(parent=None, name=None).apply(variables, x, mutable=["batch_stats"])
+        output, updates = branch.clone(parent=None, name=None).apply(variables, x, mutable=["batch_stats"])
+        return output, updates.get("batch_stats", {})  # none without batch norm
 
     def skip(variables, x):
-        return jnp.zeros(output.shape, output.dtype), {"batch_stats": variables["batch_stats"]}
+        return jnp.zeros(output.shape, output.dtype), variables["batch_stats"]
 
     def conditional(variables, x):
         return lax.cond(keep, run, skip, variables, x)
@@ -167,13 +168,13 @@ def _conditional(branch: nn.Module, x: Array, keep: Array, convolves: bool) -> A
     def masked(variables, x):
         return jax.tree.map(lambda ran, skipped: jnp.where(keep, ran, skipped), run(variables, x), skip(variables, x))
 
-    variables = {name: branch.variables[name] for name in ("params", "batch_stats")}
+    variables = {name: branch.variables.get(name, {}) for name in ("params", "batch_stats")}
     output = jax.eval_shape(run, variables, x)[0]
     if convolves:
         y, updates = lax.platform_dependent(variables, x, cpu=masked, default=conditional)
     else:
         y, updates = conditional(variables, x)
-    for name, value in updates["batch_stats"].items():
+    for name, value in updates.items():
         branch.put_variable("batch_stats", name, value)
     return y
 

@@ -11,12 +11,11 @@ from flax import linen as nn
 from cnnfamily.models import initializers
 from cnnfamily.models.layers import (
     ACTIVATIONS,
-    BatchNorm,
-    Conv,
     Linear,
     adaptive_average,
     check_images,
     choose,
+    conv_and_norm,
     dropout,
     logits,
 )
@@ -55,18 +54,14 @@ class VGG(nn.Module):
         check_images(images, self.in_channels, smallest=2 ** len(self.stage_sizes))
         position = jnp.arange(images.shape[0]) if position is None else position
         activation = choose("activation", self.activation, ACTIVATIONS)
-        before = choose("norm_place", self.norm_place, ("before", "after")) == "before"
-        statistics = (self.norm_momentum, self.norm_epsilon, self.norm_group, self.axis_name)
+        conv, norm = conv_and_norm(self, train)
         x = images
         for i, (count, filters) in enumerate(zip(self.stage_sizes, FILTERS, strict=False)):
             for j in range(round_repeats(count, self.depth)):
                 name = f"stage{i + 1}_conv{j + 1}"
                 # The bias stays where a norm follows and removes it, so that torchvision's weights fit.
-                x = Conv(round_filters(filters, self.width), 3, bias=True, dtype=self.dtype, name=name)(x)
-                x = x if before else activation(x)
-                if self.batch_norm:
-                    x = BatchNorm(train, *statistics, dtype=self.dtype, name=f"{name}_norm")(x)
-                x = activation(x) if before else x
+                x = conv(round_filters(filters, self.width), 3, bias=True, name=name)(x)
+                x = norm(activation, name=f"{name}_norm")(x)
             x = nn.max_pool(x, (2, 2), (2, 2))
             self.sow("intermediates", f"stage{i + 1}", x)
         x = adaptive_average(x, self.pooled).reshape(x.shape[0], -1)
