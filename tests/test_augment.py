@@ -1,11 +1,14 @@
 """Augmentations are pure functions of (key, image): what they can return, how often, and what they must not touch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
-from cnnfamily.data.augment import augment, mix, normalize, random_crop, random_flip, random_shift
+from cnnfamily.data.augment import augment, beta_quantile, mix, normalize, random_crop, random_flip, random_shift
 from cnnfamily.errors import UsageError
 
 compiled_augment = jax.jit(augment, static_argnames=("crop_padding", "shift", "flip"))
@@ -125,13 +128,8 @@ def mixed(size=32, start=0, group=4, seed=0, **alphas):
     targets = np.random.default_rng(2).dirichlet(np.ones(4), 64).astype(np.float32)[start : start + size]
     position = jnp.arange(start, start + size)
     alphas = {"mixup": 0.0, "cutmix": 0.0} | alphas
-    return (
-        images,
-        targets,
-        *jax.tree.map(
-            np.asarray, mix(jax.random.key(seed), position, jnp.asarray(images), jnp.asarray(targets), group=group, **alphas)
-        ),
-    )
+    compiled = jax.jit(functools.partial(mix, group=group, **alphas))
+    return images, targets, *jax.tree.map(np.asarray, compiled(jax.random.key(seed), position, images, targets))
 
 
 @pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}])
@@ -165,6 +163,14 @@ def test_cutmix_by_hand():
         areas.append((bottom - top) * (right - left))
     assert len(set(areas)) > 4
     assert max(areas) <= 30
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 0.4, 1.0, 3.0])
+def test_uniform_numbers_become_beta_ones(alpha):
+    """Between the nodes of the table too, and in the tails."""
+    uniform = np.concatenate([np.linspace(0, 1, 10007), np.geomspace(1e-6, 1e-2, 1000)]).astype(np.float32)
+    found = np.asarray(beta_quantile(uniform, alpha))
+    np.testing.assert_allclose(found, special.betaincinv(alpha, alpha, uniform.astype(np.float64)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
