@@ -97,6 +97,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             raise errors.UsageError(f"another process has trained in {workdir} meanwhile; the same command goes on from there")
         runlog.write_manifest(workdir, config=config, data=data, total_steps=total_steps, first_step=first_step)
         log = stack.enter_context(runlog.RunLog(workdir, from_step=first_step, tensorboard=config.log.tensorboard))
+        curves = stack.enter_context(runlog.Curves(workdir))
         stack.enter_context(report.live(first_step=first_step, total_steps=total_steps))
         pending = []  # metrics of the steps that have no line in the log yet
         if first_step:
@@ -119,7 +120,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 if step == first_step:
                     checkpoints.discard(step)  # it was saved without a rank
                 checkpoints.save(state, [], rank=metrics.get("ema_test_top1", metrics["test_top1"]))
-                runlog.draw_curves(workdir)
+                curves.changed()
             return metrics
 
         # Loop

@@ -1,11 +1,13 @@
 """The run directory after crashes and under other hands."""
 
+import contextlib
 import json
+import types
 
 import pytest
 
 from cnnfamily import config as configs
-from cnnfamily import disk, runlog
+from cnnfamily import disk, errors, runlog
 from cnnfamily.errors import UsageError
 
 LENET = "configs/lenet5_digits.py"
@@ -59,3 +61,22 @@ def test_a_write_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         disk.write_whole(tmp_path / "a", "new")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_curves_are_drawn_at_the_end_and_meanwhile_now_and_then(tmp_path, monkeypatch):
+    drawn, clock = [], [0.0]
+    monkeypatch.setattr(runlog, "draw_curves", drawn.append)
+    monkeypatch.setattr(runlog, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    with runlog.Curves(tmp_path, seconds=30.0) as curves:
+        counts = []
+        for clock[0] in (10.0, 29.0, 31.0, 60.0, 62.0):
+            curves.changed()
+            counts.append(len(drawn))
+        assert counts == [0, 0, 1, 1, 2]
+    assert len(drawn) == 2, "nothing has changed since"
+    for kind, expected in ((errors.Stopped, 1), (errors.NonFiniteLoss, 1), (errors.UsageError, 0), (KeyboardInterrupt, 0)):
+        drawn.clear()
+        with contextlib.suppress(kind), runlog.Curves(tmp_path) as curves:
+            curves.changed()
+            raise kind("x", 2) if kind is errors.Stopped else kind("x")
+        assert len(drawn) == expected, kind
