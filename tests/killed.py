@@ -3,7 +3,6 @@
 never          not at all
 start          before anything is read
 compile        while the step is being compiled
-step:N         after step N
 save:N         inside the first save from step N on: its files are being written
 saved:N        after it, with nothing else done
 line:N         in the middle of writing a line of the log, from step N on
@@ -62,7 +61,7 @@ def kill_at(mark: str) -> None:
             original(self, step, *arguments)
 
         runlog.RunLog.write = write
-    elif kind not in ("never", "step"):
+    elif kind != "never":
         raise ValueError(f"unknown mark {mark}")
     original_update = train.Report.update
 
@@ -70,8 +69,6 @@ def kill_at(mark: str) -> None:
         original_update(self, step, *figures)
         with open(os.environ["KILLED_STEPS"], "a") as file:
             file.write(f"{step}\n")
-        if mark == f"step:{step}":
-            die()
 
     train.Report.update = update
 

@@ -15,15 +15,15 @@ MARKS = [
     ("start", (None,)),
     ("compile", (None,)),
     ("save:4", (None, 4)),  # its files are being written
-    ("step:10", (4, 8)),
-    ("saved:11", (11,)),  # the evaluation is in the log and in the checkpoint, the curves are not drawn
-    ("line:15", (11, 12)),  # in the middle of a line
+    ("line:10", (4, 8)),  # in the middle of an epoch and of a line
+    ("saved:11", (11,)),  # the evaluation is in the log and in the checkpoint, and nothing after that is done
     ("never", (30,)),
 ]
 
 
 def test_killed_at_awkward_moments(tmp_path, monkeypatch):
-    reference = soak.start(tmp_path / "reference")
+    _, errors = soak.start(tmp_path / "reference").communicate(timeout=300)  # first: the others load what it compiles
+    assert errors == ""
     workdir, previous = tmp_path / "run", 0
     for i, (mark, possible) in enumerate(MARKS):
         taken = tmp_path / f"steps{i}"
@@ -38,9 +38,7 @@ def test_killed_at_awkward_moments(tmp_path, monkeypatch):
         saved = checkpoint.newest_step(workdir / "checkpoints") if workdir.exists() else None
         assert saved in possible, mark
         previous = saved or 0
-    assert runlog.read_manifest(workdir)["sessions"][-1]["first_step"] in (11, 12)
-    _, errors = reference.communicate(timeout=300)
-    assert reference.returncode == 0, errors
+    assert runlog.read_manifest(workdir)["sessions"][-1]["first_step"] == 11
     (expected, size), (found, _) = soak.outcome(tmp_path / "reference"), soak.outcome(workdir)
     assert size > 50_000
     assert soak.differences(expected, found) == []

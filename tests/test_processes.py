@@ -25,29 +25,7 @@ from cnnfamily.data import feed
 from cnnfamily.models import initialize
 from cnnfamily.step import create_state
 
-# A training command in which process VICTIM gets a signal at a certain place: the N-th call of a method.
-STRUCK = """
-import os, sys, time
-from cnnfamily import checkpoint, errors, train
-from cnnfamily.data import feed
-
-victim, place, count, signum = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-del sys.argv[1:5]
-places = {"step": (train.Report, "update"), "save": (checkpoint.Checkpoints, "save"), "test": (feed.TestFeed, "batches")}
-places["pause"] = places["step"]  # the other processes then wait in no collective
-original, calls = getattr(*places[place]), []
-
-def struck(*arguments, **keywords):
-    calls.append(place)
-    if len(calls) == count and int(os.environ["JAX_PROCESS_ID"]) == victim:
-        os.kill(os.getpid(), signum)
-    elif len(calls) == count and place == "pause":
-        time.sleep(60)
-    return original(*arguments, **keywords)
-
-setattr(*places[place], struck)
-errors.run_command(train.main)
-"""
+STRUCK = Path(__file__).with_name("struck.py")
 
 
 @pytest.fixture
@@ -122,7 +100,7 @@ def test_two_processes_train_as_one_with_two_devices(start, tmp_path, monkeypatc
 def test_a_signal_to_one_process_stops_all_after_the_same_step(finished, start, tmp_path):
     """SIGTERM to the second; then one process with four devices goes on to the end."""
     workdir = tmp_path / "run"
-    ours = ends(start(2, "-c", STRUCK, 1, "step", 36, int(signal.SIGTERM), *arguments(workdir)))
+    ours = ends(start(2, STRUCK, 1, "step", 36, int(signal.SIGTERM), *arguments(workdir)))
     assert [status for status, _, _ in ours] == [143, 143]
     stopped = checkpoint.newest_step(workdir / "checkpoints")
     assert stopped == 37, "the signal travels with the batch of the next step"
@@ -165,7 +143,7 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_next_start(at, finished,
 @pytest.mark.parametrize(("victim", "place", "count"), [(1, "step", 30), (0, "pause", 30)])
 def test_a_process_that_dies_ends_the_other_with_one_line(victim, place, count, start, tmp_path):
     """The second one's death makes a collective fail; the coordinator's makes native code write a page and abort."""
-    ours = start(2, "-c", STRUCK, victim, place, count, int(signal.SIGKILL), *arguments(tmp_path / "run"))
+    ours = start(2, STRUCK, victim, place, count, int(signal.SIGKILL), *arguments(tmp_path / "run"))
     ours[victim].wait(timeout=120)
     status, _, err = ends([ours[1 - victim]], within=50)[0]
     assert (status, len(said(err))) == (1, 1), err
@@ -191,7 +169,7 @@ ctypes.CDLL(None).abort()
 
 def test_a_second_ctrl_c_ends_at_once_even_while_another_process_hangs(start, tmp_path):
     """The second process stands still, so the first waits for it in native code, where Python hears no signal."""
-    first, second = start(2, "-c", STRUCK, 1, "step", 5, int(signal.SIGSTOP), *arguments(tmp_path / "run"))
+    first, second = start(2, STRUCK, 1, "step", 5, int(signal.SIGSTOP), *arguments(tmp_path / "run"))
     deadline = time.monotonic() + 120
     while not os.waitid(os.P_PID, second.pid, os.WSTOPPED | os.WNOHANG):
         assert first.poll() is None, first.communicate()
