@@ -1,7 +1,7 @@
 """Compares our networks with Keras's on random weights: `python tests/keras_parity.py [NAME ...] [--sizes 224 96 97]`.
 
 Needs keras and h5py. Prints the largest difference of the logits beside the largest logit; each size reads another of Keras's
-formats.
+formats. On such weights the deep EfficientNets amplify rounding, Keras's own too: compare them with `--dtype=float64`.
 """
 
 import argparse
@@ -67,9 +67,11 @@ def random_network(name: str, size: int, **arguments):
     def with_statistics(norm, inputs, **_):
         """About those of the inputs, which come from norms before this one that are set already."""
         mean, var = inputs.mean((0, 1, 2)), inputs.var((0, 1, 2))
-        norm.moving_mean.assign(mean + 0.3 * var**0.5 * draw(norm.moving_mean.path, var.shape))
+        mean += 0.3 * var**0.5 * draw(norm.moving_mean.path, var.shape)
         # A channel that is nearly dead would amplify rounding: none has less than a tenth of the mean variance.
-        norm.moving_variance.assign(var * np.exp(0.3 * draw(norm.moving_variance.path, var.shape)) + 0.1 * var.mean())
+        var = var * np.exp(0.3 * draw(norm.moving_variance.path, var.shape)) + 0.1 * var.mean()
+        for statistic, value in ((norm.moving_mean, mean), (norm.moving_variance, var)):
+            statistic.assign(value.astype(np.float32))  # as our reader has it, in float64 too
         return call(norm, inputs, training=False)
 
     state = [[weight.value for weight in weights] for weights in (network.trainable_variables, network.non_trainable_variables)]
@@ -113,7 +115,7 @@ def logits_of(network, images: np.ndarray) -> np.ndarray:
 
 
 def difference(name: str, file: Path, theirs, size: int, **overrides) -> float:
-    """max |ours - theirs| / max |theirs| of the logits in float32, with the file's weights in our network."""
+    """max |ours - theirs| / max |theirs| of the logits, with the file's weights in our network."""
     network, variables = cnnfamily.load_pretrained(name, file, **overrides)
     ours, images = images_of(name, size)
     found, expected = np.asarray(jax.jit(network.apply)(variables, ours)), logits_of(theirs, images)
@@ -139,14 +141,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 96, 97])
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     arguments = parser.parse_args()
+    import keras
+
+    keras.config.set_floatx(arguments.dtype)
+    jax.config.update("jax_enable_x64", arguments.dtype == "float64")
     for name in arguments.names or NETWORKS:
         with tempfile.TemporaryDirectory() as folder:
             found = []
             for size, suffix in zip(arguments.sizes, itertools.cycle(SUFFIXES), strict=False):
                 network = random_network(name, size)
                 file = save(network, Path(folder) / f"x{suffix}")
-                found.append(f"{size}: {difference(name, file, network, size):.1e}")
+                found.append(f"{size}: {difference(name, file, network, size, dtype=arguments.dtype):.1e}")
         print(f"{name:<24}{'  '.join(found)}", flush=True)
 
 

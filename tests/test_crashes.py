@@ -22,6 +22,8 @@ MARKS = [
 
 
 def test_killed_at_awkward_moments(tmp_path, monkeypatch):
+    smaller = ("--config.model.stages=((1,16,1,1,3),)", "--config.model.se_ratio=0.0")  # no choice less, and it starts sooner
+    monkeypatch.setattr(soak, "ARGUMENTS", [*soak.ARGUMENTS, *smaller])
     _, errors = soak.start(tmp_path / "reference").communicate(timeout=300)  # first: the others load what it compiles
     assert errors == ""
     workdir, previous = tmp_path / "run", 0
@@ -40,7 +42,7 @@ def test_killed_at_awkward_moments(tmp_path, monkeypatch):
         previous = saved or 0
     assert runlog.read_manifest(workdir)["sessions"][-1]["first_step"] == 11
     (expected, size), (found, _) = soak.outcome(tmp_path / "reference"), soak.outcome(workdir)
-    assert size > 50_000
+    assert size > 30_000
     assert soak.differences(expected, found) == []
     steps = [row["step"] for row in runlog.read_metrics(workdir) if "train_loss" in row]
     assert steps == sorted(set(steps)), "each step once"

@@ -37,7 +37,10 @@ def start():
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        common = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        # XLA cuts what a device computes by its number of threads: the cores, or the devices of the process if they are more.
+        # As many here as there make equal programs, and all processes with the same arguments share them.
+        threads = str(max(len(os.sched_getaffinity(0)), len(jax.devices())))
+        common = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": threads}
         if count > 1:
             common |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
         command = [sys.executable, *map(str, arguments)]
@@ -80,23 +83,6 @@ def arguments(workdir, **overrides) -> list[str]:
     return [f"--config={LENET}", f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in overrides.items())]
 
 
-def test_two_processes_train_as_one_with_two_devices(start, tmp_path, monkeypatch):
-    """Equal bit for bit: the sum of two numbers does not depend on their order, nor an example on where it is."""
-    # XLA cuts what a device computes by its number of threads: the cores, or the devices of the process if they are more.
-    threads = {"NPROC": str(max(len(os.sched_getaffinity(0)), len(jax.devices())))}
-    ours = ends(start(2, "-m", "cnnfamily.train", *arguments(tmp_path / "two"), env=os.environ | threads))
-    assert [(status, said(err)) for status, _, err in ours] == [(0, []), (0, [])]
-    assert "lenet5 on digits, 2 cpu" in ours[0][1]
-    assert "step" not in ours[1][1], "the first process speaks for all"
-    monkeypatch.setattr(parallel, "data_mesh", lambda: mesh_of(2))
-    result = train.run_training(short_config(ema__decay=0.95), tmp_path / "one", quiet=True)
-    assert_equal_states(final_state(tmp_path / "two"), final_state(tmp_path / "one"))
-    lines = lines_without_timing(tmp_path / "two")
-    assert lines == [pytest.approx(line, rel=1e-6) for line in lines_without_timing(tmp_path / "one")]
-    assert lines[-1]["test_examples"] == result.metrics["ema_test_examples"] == 360
-    assert runlog.read_manifest(tmp_path / "two")["sessions"][0]["devices"] == {"count": 2, "kind": "cpu", "processes": 2}
-
-
 def test_a_signal_to_one_process_stops_all_after_the_same_step(finished, start, tmp_path):
     """SIGTERM to the second; then one process with four devices goes on to the end."""
     workdir = tmp_path / "run"
@@ -113,7 +99,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(finished, start, 
     assert [session["devices"]["count"] for session in runlog.read_manifest(workdir)["sessions"]] == [2, 8]
 
 
-@pytest.mark.parametrize("at", [44, 88])
+@pytest.mark.parametrize("at", [pytest.param(44, marks=pytest.mark.full), 88])
 def test_a_signal_during_an_evaluation_leaves_it_to_the_next_start(at, finished, tmp_path, monkeypatch):
     """It is saved at once; the run that goes on evaluates first, and ends as the one that was not stopped, best included."""
     workdir, original = tmp_path / "run", feed.TestFeed.batches
@@ -234,9 +220,25 @@ def test_wrong_variables_are_usage_errors(variables, expected, monkeypatch):
         processes.initialize()
 
 
+def test_two_processes_train_as_one_with_two_devices(start, tmp_path, monkeypatch):
+    """Equal bit for bit: the sum of two numbers does not depend on their order, nor an example on where it is."""
+    ours = ends(start(2, "-m", "cnnfamily.train", *arguments(tmp_path / "two")))
+    assert [(status, said(err)) for status, _, err in ours] == [(0, []), (0, [])]
+    assert "lenet5 on digits, 2 cpu" in ours[0][1]
+    assert "step" not in ours[1][1], "the first process speaks for all"
+    monkeypatch.setattr(parallel, "data_mesh", lambda: mesh_of(2))
+    result = train.run_training(short_config(ema__decay=0.95), tmp_path / "one", quiet=True)
+    assert_equal_states(final_state(tmp_path / "two"), final_state(tmp_path / "one"))
+    lines = lines_without_timing(tmp_path / "two")
+    assert lines == [pytest.approx(line, rel=1e-6) for line in lines_without_timing(tmp_path / "one")]
+    assert lines[-1]["test_examples"] == result.metrics["ema_test_examples"] == 360
+    assert runlog.read_manifest(tmp_path / "two")["sessions"][0]["devices"] == {"count": 2, "kind": "cpu", "processes": 2}
+
+
 # What several processes rest on, on the devices of one.
 
 
+@pytest.mark.full  # test_step.py has it of EfficientNet's blocks, after twenty steps
 @pytest.mark.parametrize("group", [0, 2])
 def test_batch_statistics_are_equal_on_all_devices(group, x64):
     """With the whole batch, and with groups of which each device holds two: nothing need be averaged before an evaluation."""
@@ -256,7 +258,7 @@ def test_every_test_example_counts_once_on_any_number_of_devices(finished):
     config = short_config(ema__decay=0.95, evaluate__batch_size=100)
     network, state, _ = evaluate.load_state(finished[0], which="newest")
     data, figures = feed.load_data(config), []
-    for devices in (1, 2, 3, 4):
+    for devices in (1, 3, 4):
         mesh = mesh_of(devices)
         placed = parallel.replicate(state, mesh)
         evaluator = evaluate.make_evaluator(network, feed.TestFeed(data, config, mesh), placed)
@@ -267,13 +269,20 @@ def test_every_test_example_counts_once_on_any_number_of_devices(finished):
         assert figure == pytest.approx(finished[1].metrics, rel=1e-5)
 
 
-@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.full)])
-def test_two_processes_make_the_same_random_choices(micro_batches, start, x64, tmp_path):
-    """With two devices each, against one process with one device: as the running step recorded them."""
+@pytest.mark.parametrize(
+    ("form", "devices", "micro_batches"),
+    [
+        ("example", 4, 1),
+        pytest.param("subset", 2, 1, marks=pytest.mark.full),
+        pytest.param("subset", 2, 2, marks=pytest.mark.full),
+    ],
+)
+def test_two_processes_make_the_same_random_choices(form, devices, micro_batches, start, x64, tmp_path):
+    """With two or four devices each, against one process with one device: as the running step recorded them."""
     file, script = tmp_path / "choices.npz", Path(recorded.__file__)
-    ours = ends(start(2, script, file, "subset", 4, micro_batches, devices=2))
+    ours = ends(start(2, script, file, form, 4, micro_batches, devices=devices))
     assert [(status, said(err)) for status, _, err in ours] == [(0, []), (0, [])]
-    state, steps, _ = twenty_steps("subset", 4, 1, 1)
+    state, steps, _ = twenty_steps(form, 4, 1, 1)
     expected, found = recorded.flat(state, steps), np.load(file)
     assert expected.keys() == set(found.files)
     assert sum(name.startswith("choice") for name in expected) == 20 * 8

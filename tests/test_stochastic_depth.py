@@ -231,13 +231,15 @@ def by_hand(params, stats, x, keep, form, kernel):
     return jnp.square(x - 1).mean(), updates
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("form", ["batch", "subset"])
+# The kernel decides whether a branch holds a convolution on a CPU, and so the form of "batch"; "subset" has only one.
+@pytest.mark.parametrize(
+    ("form", "kernel"), [("batch", 1), ("batch", 3), ("subset", 3), pytest.param("subset", 1, marks=pytest.mark.full)]
+)
 def test_value_gradient_and_statistics_are_those_of_the_kept_branches(x64, form, kernel):
     net, variables, x = prepare(stochastic_depth_form=form, kernel=kernel)
     params, stats = variables["params"], variables["batch_stats"]
     seen = set()
-    for seed in range(4):
+    for seed in range(3):
         (loss, updates), grads = gradient(params, stats, x, jax.random.key(seed), net)
         keep = np.asarray(updates["choices"]["stochastic_depth"][0])
         expected = jax.value_and_grad(by_hand, has_aux=True)(params, stats, x, keep, form, kernel)

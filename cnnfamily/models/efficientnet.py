@@ -78,6 +78,7 @@ class EfficientNet(nn.Module):
     stages: tuple = STAGES
     stem_filters: int = 32
     head_filters: int = 1280
+    shortcut: bool = True
     activation: str = "silu"
     se_ratio: float = 0.25  # of the block's input filters; 0: without
     dropout: float = 0.2
@@ -110,7 +111,7 @@ class EfficientNet(nn.Module):
             for j in range(repeats[i]):
                 stride, block_drop = stage_stride if j == 0 else 1, next(drop)
                 # By stride and channels, as in the paper; the shapes alone would add a shortcut where a 1x1 map is "halved".
-                residual = stride == 1 and x.shape[-1] == filters
+                residual = self.shortcut and stride == 1 and x.shape[-1] == filters
                 block = MBConv(
                     conv,
                     partial(norm, group=block_drop.norm_group(self.norm_group)) if residual else norm,
