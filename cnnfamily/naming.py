@@ -131,7 +131,7 @@ def _shapes(network: nn.Module) -> tuple[dict[tuple[str, ...], tuple[int, ...]],
 def _resnet(network: resnet.ResNet, scheme: str, paths: list[str]) -> dict[str, str | TorchName]:
     """Both schemes alike: timm took over torchvision's names; `se` is timm's own, of its `seresnet50`."""
     if network.preactivation:
-        return _resnet_v2(network, paths) if scheme == "timm" else {}
+        return _resnet_v2(network, paths) if scheme == "timm" and not network.se_reduction else {}
     names = {"stem": "conv1", "stem_norm": "bn1", "classifier": "fc"}
     inside = {"branch/se/reduce": "se.fc1", "branch/se/expand": "se.fc2"}
     inside |= {"shortcut/conv": "downsample.0", "shortcut/norm": "downsample.1", "": ""}

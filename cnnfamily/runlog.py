@@ -293,8 +293,13 @@ class Curves:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if self._changed and (kind is None or issubclass(kind, Stopped | NonFiniteLoss)):
+        if self._changed and kind is None:
             self._draw()
+        elif self._changed and issubclass(kind, Stopped | NonFiniteLoss):
+            try:
+                self._draw()
+            except Exception as error:  # the reason why the run ends is more than a picture
+                warn(f"warning: the curves are not drawn: {error}")
 
 
 def draw_curves(workdir: Path) -> None:

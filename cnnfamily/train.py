@@ -47,6 +47,8 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
     evaluated = any(row["step"] == first_step for row in runlog.read_metrics(workdir) if "test_loss" in row)
     if evaluated and first_step == runlog.read_manifest(workdir)["total_steps"]:
         report.say(f"{workdir} is finished: {first_step} steps")
+        if not (workdir / "curves.png").exists():  # it was killed before that
+            runlog.draw_curves(workdir)
         return Result(workdir, first_step, last_evaluation(workdir))
 
     # Data and devices

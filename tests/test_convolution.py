@@ -248,14 +248,28 @@ def test_maps_with_fewer_pixels_than_taps_are_tiny():
 
     assert [convolutions(size, (3, 3), (1, 1)) for size in [(2, 2), (2, 4), (3, 3), (2, 8)]] == [0, 0, 1, 1]
     assert [convolutions(size, (3, 3), (2, 2)) for size in [(4, 4), (5, 5), (3, 8)]] == [0, 1, 0]
+    assert [convolutions((16, 16), taps, taps) for taps in [(8, 8), (7, 7)]] == [1, 0]
 
 
-def test_operands_that_disagree_are_refused():
-    images, kernel = operands((5, 5), (3, 3), 4, 4, 4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_operands_that_disagree_are_refused(kind):
+    """With the words of the plain convolution."""
+    f, (images, kernel) = of_kind(kind)
     with pytest.raises(TypeError, match="same dtypes"):
-        convolution(images, kernel.astype(jnp.float32), groups=4)
-    with pytest.raises(ValueError, match="feature_group_count"):
-        convolution(images, kernel[:, :, :, :3], groups=4)
+        f(images, kernel.astype(jnp.float32))
+    with pytest.raises(ValueError, match="conv_general_dilated"):
+        f(images[..., :3], kernel)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (4, 2)])
+def test_nothing_gives_nothing(channels, groups):
+    """A kernel beyond the map has no outputs, and a batch of none has none; gradients are zeros."""
+    for batch, size, taps in ((1, (2, 2), (5, 5)), (1, (1, 1), (3, 3)), (0, (6, 6), (3, 3)), (0, (2, 2), (2, 2))):
+        images, kernel = operands(size, taps, channels, 4, groups, batch=batch)
+        found, expected = (products(partial(f, groups=groups), images, kernel) for f in (convolution, plain))
+        for a, b in zip(found, expected, strict=True):
+            assert a.shape == b.shape
+            assert not a.any()
 
 
 def test_the_blocks_of_a_large_network_are_traced_quickly():

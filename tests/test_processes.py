@@ -99,7 +99,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(finished, start, 
     assert [session["devices"]["count"] for session in runlog.read_manifest(workdir)["sessions"]] == [2, 8]
 
 
-@pytest.mark.parametrize("at", [pytest.param(44, marks=pytest.mark.full), 88])
+@pytest.mark.parametrize("at", [44, 88])
 def test_a_signal_during_an_evaluation_leaves_it_to_the_next_start(at, finished, tmp_path, monkeypatch):
     """It is saved at once; the run that goes on evaluates first, and ends as the one that was not stopped, best included."""
     workdir, original = tmp_path / "run", feed.TestFeed.batches

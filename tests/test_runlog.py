@@ -80,3 +80,14 @@ def test_curves_are_drawn_at_the_end_and_meanwhile_now_and_then(tmp_path, monkey
             curves.changed()
             raise kind("x", 2) if kind is errors.Stopped else kind("x")
         assert len(drawn) == expected, kind
+
+
+def test_a_picture_that_fails_does_not_hide_why_the_run_ends(tmp_path, capsys):
+    (tmp_path / "curves.png").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(errors.NonFiniteLoss, match="first in the stem"), runlog.Curves(tmp_path) as curves:
+        curves.changed()
+        raise errors.NonFiniteLoss("first in the stem")
+    assert capsys.readouterr().err.startswith("warning: the curves are not drawn: ")
+    with pytest.raises(disk.DiskError), runlog.Curves(tmp_path) as curves:
+        curves.changed()

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 Pair = tuple[int, int]
+MOST_TAPS = 49  # of a tiny convolution: a product for each of the 256 of a 16x16 kernel compiles for five seconds
 
 
 class Geometry(NamedTuple):
@@ -66,20 +67,23 @@ def convolution(
     columns, padding_columns = _live_taps(images.shape[2], kernel.shape[1], stride[1], padding[1])
     kernel = kernel[rows, columns]
     geometry = Geometry(images.shape[1:3], kernel.shape[:2], tuple(stride), (padding_rows, padding_columns), groups)
-    kind = _kind(geometry, depthwise=1 < groups == images.shape[3] == kernel.shape[3])
+    kind = _kind(images, kernel, geometry)
     if kind == "plain":
         return _plain_output(images, kernel, geometry)
     return _output(*_vary_alike(images, kernel), geometry._replace(kind=kind))
 
 
-def _kind(geometry: Geometry, depthwise: bool) -> str:
-    """Which of the forms below a convolution takes on a CPU."""
+def _kind(images: Array, kernel: Array, geometry: Geometry) -> str:
+    """Which of the forms below a convolution takes on a CPU; "plain" too where it is an error, or nothing comes out."""
+    agree = images.dtype == kernel.dtype and images.shape[3] == kernel.shape[2] * geometry.groups
+    if not agree or kernel.shape[3] % geometry.groups or min(geometry.output_size) <= 0:
+        return "plain"
     if geometry.groups > 1:
-        return "depthwise" if depthwise else "grouped"
+        return "depthwise" if geometry.groups == images.shape[3] == kernel.shape[3] else "grouped"
     if geometry.kernel_size == (1, 1) and geometry.padding == ((0, 0), (0, 0)):
         return "pointwise"
-    pixels = min(math.prod(geometry.image_size), math.prod(geometry.output_size))
-    return "tiny" if 0 < pixels < math.prod(geometry.kernel_size) else "plain"
+    pixels, taps = min(math.prod(geometry.image_size), math.prod(geometry.output_size)), math.prod(geometry.kernel_size)
+    return "tiny" if pixels < taps <= MOST_TAPS else "plain"
 
 
 def _live_taps(size: int, taps: int, stride: int, padding: Pair) -> tuple[slice, Pair]:
@@ -246,14 +250,15 @@ def _pointwise_to_kernel(images: Array, cotangent: Array, geometry: Geometry) ->
 
 def _grouped_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
     def split(x: Array) -> Array:
-        return x.reshape(*x.shape[:3], geometry.groups, -1)
+        return x.reshape(*x.shape[:3], geometry.groups, x.shape[3] // geometry.groups)
 
+    shape = (*geometry.kernel_size, images.shape[3] // geometry.groups, cotangent.shape[3])
     padded, cotangent = _pad(images, geometry.padding), split(cotangent)
     products = [
         jnp.einsum("nhwgi,nhwgo->igo", split(window), cotangent, preferred_element_type=_sum_dtype(images))
         for window in _windows(padded, geometry.kernel_size, geometry.stride, geometry.output_size)
     ]
-    return jnp.stack(products).reshape(*geometry.kernel_size, products[0].shape[0], -1).astype(images.dtype)
+    return jnp.stack(products).reshape(shape).astype(images.dtype)
 
 
 # On a CPU, tiny maps, with fewer pixels in images or outputs than the kernel has taps: a matrix product for each tap.

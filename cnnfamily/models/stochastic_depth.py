@@ -157,7 +157,7 @@ def _conditional(branch: nn.Module, x: Array, keep: Array, convolves: bool) -> A
     @jax.jit  # traced once for its shape, the conditional and the mask
     def run(variables, x):
         output, updates = branch.clone(parent=None, name=None).apply(variables, x, mutable=["batch_stats"])
-        return output, updates.get("batch_stats", {})  # none without batch norm
+        return output, updates["batch_stats"]
 
     def skip(variables, x):
         return jnp.zeros(output.shape, output.dtype), variables["batch_stats"]
