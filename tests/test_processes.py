@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 import recorded
-from conftest import LENET, SHORT, mesh_of, short_config
+from conftest import LENET, QUICK, SHORT, mesh_of, short_config
 from test_step import batch_of, small_network, twenty_steps, update_of
 from test_train import NO_CACHE, assert_equal_states, final_state, lines_without_timing
 
@@ -40,7 +40,7 @@ def start():
         # XLA cuts what a device computes by its number of threads: the cores, or the devices of the process if they are more.
         # As many here as there make equal programs, and all processes with the same arguments share them.
         threads = str(max(len(os.sched_getaffinity(0)), len(jax.devices())))
-        common = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": threads}
+        common = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}", "NPROC": threads}
         if count > 1:
             common |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
         command = [sys.executable, *map(str, arguments)]

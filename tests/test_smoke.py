@@ -8,7 +8,7 @@ from cnnfamily import runlog, train
 
 FILES = sorted(path.stem for path in (configs.REPOSITORY / "configs").glob("*.py") if path.stem != "default")
 # LeNet's and EfficientNet's are in test_train.py, with more of what a run can do.
-FAMILIES = ("alexnet_2012", "vgg11_bn", "googlenet", "se_resnet18", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small")
+FAMILIES = ("alexnet_2012", "vgg11_bn", "googlenet_paper", "se_resnet18", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAMILIES else [pytest.mark.full]) for n in FILES])

@@ -100,6 +100,7 @@ def test_interrupted_run_ends_as_the_one_that_was_not(finished, tmp_path, monkey
     assert lines_without_timing(workdir) == lines_without_timing(finished[0])
 
 
+@pytest.mark.full  # real processes are killed in test_crashes.py
 def test_killed_run_ends_as_the_one_that_was_not(finished, tmp_path, monkeypatch):
     """An end without a save: the log holds lines after the last checkpoint, which come again once."""
     workdir = tmp_path / "run"
@@ -298,7 +299,7 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
         train.run_training(save(1), tmp_path / "run", quiet=True)
 
 
-@pytest.mark.parametrize("jump", [30, 43, 49])
+@pytest.mark.parametrize("jump", [30, *(pytest.param(jump, marks=pytest.mark.full) for jump in (43, 49))])
 def test_a_loss_that_is_not_finite_is_status_3_and_keeps_the_checkpoints(jump, tmp_path, monkeypatch, capsys):
     """The learning rate is infinite once: between saves, or at the update that an evaluation (44) or a save (50) would keep."""
 
@@ -341,6 +342,7 @@ def test_a_process_that_comes_late_drops_nothing(finished, monkeypatch):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.full
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
     """`train | head -1`"""
     command = f"{sys.executable} -m cnnfamily.train --config={LENET}:smoke --workdir={tmp_path / 'run'} | head -1"
