@@ -124,6 +124,7 @@ def mix(key, position, images, targets, *, mixup: float, cutmix: float, group: i
 def beta_quantile(uniform, alpha: float):
     """The number below which Beta(alpha, alpha) lies with probability `uniform`; uniform numbers become beta ones.
 
+    `uniform` [...] float32 in [0, 1]; returns its shape and dtype. The distribution is mixup's and cutmix's (see `mix`).
     Interpolates a table of the lower half, with nodes close together at 0: to 3e-6 for alphas from 0.05 to 3. `jax.random.beta`
     draws until it accepts: the loop takes a second to compile, and as rounding decides what is accepted, two platforms may
     choose unlike.

@@ -180,7 +180,10 @@ def conv_and_norm(network: nn.Module, train: bool) -> tuple[Callable, Callable]:
 
     `conv(filters, kernel, stride, ...)` is a `Conv`, with a bias where the network has no batch norm. `norm(activation, ...)`
     is a `BatchNorm` and an activation (default: none), in the order of `network.norm_place`; the activation alone where
-    `network.batch_norm` is False.
+    `network.batch_norm` is False. Both map `[batch, height, width, channels]`.
+
+    Raises:
+      UsageError: an unknown `norm_place`, or `zero_init_last` without a norm.
     """
     before = choose("norm_place", network.norm_place, ("before", "after")) == "before"
     if not network.batch_norm and getattr(network, "zero_init_last", False):
