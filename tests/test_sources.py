@@ -140,7 +140,10 @@ def test_npz_with_unusable_arrays(tmp_path, change, expected):
 
 def test_npz_file_missing_suggests_the_nearest(tmp_path):
     np.savez(tmp_path / "flowers.npz", **small_set())
-    assert "flower.npz does not exist; did you mean 'flowers.npz'" in message(f"npz:{tmp_path / 'flower.npz'}")
+    assert "flower.npz does not exist; did you mean 'flowers.npz' in that folder? expected data.source=" in message(
+        f"npz:{tmp_path / 'flower.npz'}"
+    )
+    assert "did you mean" not in message(f"npz:{tmp_path / 'other'}"), "only what is like it is suggested"
     assert "unlike.h5 does not exist; expected data.source=npz:FILE" in message(f"npz:{tmp_path / 'unlike.h5'}")
     assert "a.npz does not exist, nor does its folder; expected data.source" in message(f"npz:{tmp_path / 'no' / 'a.npz'}")
     assert message(f"npz:{tmp_path}").startswith(f"{tmp_path} is not a file")

@@ -189,9 +189,9 @@ def _missing(path: Path) -> UsageError:
     if not path.parent.is_dir():
         return UsageError(f"{path} does not exist, nor does its folder; {expected}")
     names = sorted(entry.name for entry in path.parent.iterdir())
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(path.name, names, n=1)
     kind = "is not a file" if path.is_dir() else "does not exist"
-    return UsageError(f"{path} {kind}" + (f"; did you mean {near[0]!r} in that folder?" if near else f"; {expected}"))
+    return UsageError(f"{path} {kind}; " + (f"did you mean {near[0]!r} in that folder? " if near else "") + expected)
 
 
 def _expect(ok: bool, found: str, expected: str) -> None:
