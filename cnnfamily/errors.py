@@ -7,6 +7,7 @@ several processes of one run, those that lose another one end with 1 as well, an
 
 import argparse
 import difflib
+import errno
 import signal
 import sys
 import traceback
@@ -90,6 +91,8 @@ def one_line(text: str) -> str:
 
 def conclude(error: BaseException) -> int:
     """Writes an error to standard error, in one line if it is of the kinds above, and returns the exit status it stands for."""
+    if _name_too_long(error):  # of a file; only the system knows its limits, wherever a path comes in
+        error = UsageError(f"{error.strerror}: {error.filename!r}").with_traceback(error.__traceback__)
     expected = isinstance(error, (UsageError, NonFiniteLoss, Stopped, Interrupted, PeerLost))
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -104,6 +107,10 @@ def conclude(error: BaseException) -> int:
     return 1
 
 
+def _name_too_long(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Runs a command's `main(argv)` and ends the process with the status above; `--debug` shows tracebacks."""
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -112,4 +119,8 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:  # `... | head` closed our output: not an error
         sys.stderr.close()
     except (UsageError, NonFiniteLoss, Stopped, PeerLost, KeyboardInterrupt) as error:
+        sys.exit(conclude(error))
+    except OSError as error:
+        if not _name_too_long(error):
+            raise
         sys.exit(conclude(error))

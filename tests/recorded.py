@@ -1,6 +1,6 @@
 """Training steps with every random choice on, which record their choices; for several processes a script.
 
-recorded.py FILE.npz FORM GROUP MICRO_BATCHES    # the first process writes the choices of all steps, and the parameters
+recorded.py FILE.npz FORM GROUP MICRO_BATCHES...    # the first process writes the choices of all steps, and the parameters
 """
 
 import functools
@@ -49,12 +49,19 @@ def digits():
     return feed.load_data(all_choices_on("none", 0, 1))
 
 
+@functools.cache
+def small_network(form: str, group: int):
+    """The network and its first variables, which depend on neither devices nor micro-batches."""
+    network = build(all_choices_on(form, group, 1).model)
+    return network, initialize(network, jax.random.key(1))
+
+
 def twenty_steps(form: str, group: int, mesh: Mesh, micro_batches: int):
     """The state after 20 steps of SGD, and what each step recorded of its choices and its loss."""
     config, optimizer = all_choices_on(form, group, micro_batches), optax.sgd(0.05, momentum=0.9)
     train = feed.TrainFeed(digits(), config, mesh)
-    network = build(config.model)
-    state = create_state(initialize(network, jax.random.key(1)), optimizer, ema=True)
+    network, variables = small_network(form, group)
+    state = create_state(variables, optimizer, ema=True)
     objective = Objective(network.clone(axis_name="data"), train.view, 3, train.mix, label_smoothing=0.1)
     step = functools.partial(train_step, objective=objective, optimizer=optimizer, ema_decay=0.9, record=True)
     update = parallel.map_over_devices(step, mesh, batch_axis=1, outputs=2)
@@ -78,8 +85,11 @@ def flat(state, steps) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    file, form, group, micro_batches = sys.argv[1:]
+    file, form, group, *numbers = sys.argv[1:]
     with processes.session(), jax.enable_x64(True):
-        state, steps, _ = twenty_steps(form, int(group), parallel.data_mesh(), int(micro_batches))
+        found = {}
+        for number in numbers:
+            state, steps, _ = twenty_steps(form, int(group), parallel.data_mesh(), int(number))
+            found |= {f"{number} {name}": value for name, value in flat(state, steps).items()}
         if jax.process_index() == 0:
-            np.savez(file, **flat(state, steps))
+            np.savez(file, **found)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import soak
+from conftest import QUICK
 
 from cnnfamily import checkpoint, runlog
 
@@ -24,6 +25,7 @@ MARKS = [
 def test_killed_at_awkward_moments(tmp_path, monkeypatch):
     smaller = ("--config.model.stages=((1,16,1,1,3),)", "--config.model.se_ratio=0.0")  # no choice less, and it starts sooner
     monkeypatch.setattr(soak, "ARGUMENTS", [*soak.ARGUMENTS, *smaller])
+    monkeypatch.setattr(soak, "DEVICES", f"{soak.DEVICES} {QUICK}")
     _, errors = soak.start(tmp_path / "reference").communicate(timeout=300)  # first: the others load what it compiles
     assert errors == ""
     workdir, previous = tmp_path / "run", 0

@@ -39,6 +39,19 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
         errors.run_command(lambda argv: 1 / 0)
 
 
+def test_a_path_too_long_for_the_system_is_one_line(monkeypatch, capsys, tmp_path):
+    """`Path.is_dir` raises for it, and a path can come in anywhere."""
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(SystemExit) as end:
+        errors.run_command(lambda argv: (tmp_path / ("a" * 4000)).stat())
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("UsageError: File name too long: '")
+    assert len(line) < 300
+    with pytest.raises(FileNotFoundError):
+        errors.run_command(lambda argv: (tmp_path / "none").stat())
+
+
 def test_unknown_names_the_nearest_and_all():
     error = errors.unknown("model", "resnt50", ["lenet5", "resnet50"])
     assert str(error) == "unknown model 'resnt50'; did you mean 'resnet50'? known: lenet5, resnet50"

@@ -3,7 +3,9 @@
 Each test is bounded: a process that hangs is killed, and fails its test.
 """
 
+import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -83,20 +85,41 @@ def arguments(workdir, **overrides) -> list[str]:
     return [f"--config={LENET}", f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in overrides.items())]
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(finished, start, tmp_path):
-    """SIGTERM to the second; then one process with four devices goes on to the end."""
-    workdir = tmp_path / "run"
+def test_two_processes_are_one_with_two_devices(finished, start, tmp_path, monkeypatch):
+    """Equal bit for bit: the sum of two numbers does not depend on their order, nor an example on where it is.
+
+    SIGTERM to the second process stops both; the same command goes on, and so does one process with eight devices.
+    """
+    workdir = tmp_path / "two"
     ours = ends(start(2, STRUCK, 1, "step", 36, int(signal.SIGTERM), *arguments(workdir)))
     assert [status for status, _, _ in ours] == [143, 143]
     stopped = checkpoint.newest_step(workdir / "checkpoints")
     assert stopped == 37, "the signal travels with the batch of the next step"
     line = f"Stopped: stopped and saved at step {stopped}; the same command goes on from there"
     assert [said(err) for _, _, err in ours] == [[line], []]
-    result = train.run_training(short_config(ema__decay=0.95), workdir, quiet=True)
+    shutil.copytree(workdir, tmp_path / "eight")
+
+    ours = ends(start(2, "-m", "cnnfamily.train", *arguments(workdir)))
+    assert [(status, said(err)) for status, _, err in ours] == [(0, []), (0, [])]
+    assert "lenet5 on digits, 2 cpu" in ours[0][1]
+    assert "step" not in ours[1][1], "the first process speaks for all"
+    with monkeypatch.context() as context:
+        context.setattr(parallel, "data_mesh", lambda: mesh_of(2))
+        result = train.run_training(short_config(ema__decay=0.95), tmp_path / "one", quiet=True)
+    assert_equal_states(final_state(workdir), final_state(tmp_path / "one"))
+    lines = lines_without_timing(workdir)
+    assert lines == [pytest.approx(line, rel=1e-6) for line in lines_without_timing(tmp_path / "one")]
+    assert lines[-1]["test_examples"] == result.metrics["ema_test_examples"] == 360
+    assert [session["devices"] for session in runlog.read_manifest(workdir)["sessions"]] == [
+        {"count": 2, "kind": "cpu", "processes": 2}
+    ] * 2
+
+    result = train.run_training(short_config(ema__decay=0.95), tmp_path / "eight", quiet=True)
     assert (result.step, result.metrics["test_examples"]) == (88, 360)
     assert result.metrics["test_top1"] == pytest.approx(finished[1].metrics["test_top1"], abs=0.03)
-    assert [row["step"] for row in lines_without_timing(workdir)] == [row["step"] for row in lines_without_timing(finished[0])]
-    assert [session["devices"]["count"] for session in runlog.read_manifest(workdir)["sessions"]] == [2, 8]
+    assert [row["step"] for row in lines_without_timing(tmp_path / "eight")] == [row["step"] for row in lines]
+    sessions = runlog.read_manifest(tmp_path / "eight")["sessions"]
+    assert [session["devices"]["count"] for session in sessions] == [2, 8]
 
 
 @pytest.mark.parametrize("at", [44, 88])
@@ -220,21 +243,6 @@ def test_wrong_variables_are_usage_errors(variables, expected, monkeypatch):
         processes.initialize()
 
 
-def test_two_processes_train_as_one_with_two_devices(start, tmp_path, monkeypatch):
-    """Equal bit for bit: the sum of two numbers does not depend on their order, nor an example on where it is."""
-    ours = ends(start(2, "-m", "cnnfamily.train", *arguments(tmp_path / "two")))
-    assert [(status, said(err)) for status, _, err in ours] == [(0, []), (0, [])]
-    assert "lenet5 on digits, 2 cpu" in ours[0][1]
-    assert "step" not in ours[1][1], "the first process speaks for all"
-    monkeypatch.setattr(parallel, "data_mesh", lambda: mesh_of(2))
-    result = train.run_training(short_config(ema__decay=0.95), tmp_path / "one", quiet=True)
-    assert_equal_states(final_state(tmp_path / "two"), final_state(tmp_path / "one"))
-    lines = lines_without_timing(tmp_path / "two")
-    assert lines == [pytest.approx(line, rel=1e-6) for line in lines_without_timing(tmp_path / "one")]
-    assert lines[-1]["test_examples"] == result.metrics["ema_test_examples"] == 360
-    assert runlog.read_manifest(tmp_path / "two")["sessions"][0]["devices"] == {"count": 2, "kind": "cpu", "processes": 2}
-
-
 # What several processes rest on, on the devices of one.
 
 
@@ -269,25 +277,19 @@ def test_every_test_example_counts_once_on_any_number_of_devices(finished):
         assert figure == pytest.approx(finished[1].metrics, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("form", "devices", "micro_batches"),
-    [
-        ("example", 4, 1),
-        pytest.param("subset", 2, 1, marks=pytest.mark.full),
-        pytest.param("subset", 2, 2, marks=pytest.mark.full),
-    ],
-)
-def test_two_processes_make_the_same_random_choices(form, devices, micro_batches, start, x64, tmp_path):
-    """With two or four devices each, against one process with one device: as the running step recorded them."""
+@pytest.mark.parametrize(("form", "devices"), [("example", 2), pytest.param("subset", 4, marks=pytest.mark.full)])
+def test_two_processes_make_the_same_random_choices(form, devices, start, x64, tmp_path):
+    """With and without micro-batches, against one process with one device: as the running step recorded them."""
     file, script = tmp_path / "choices.npz", Path(recorded.__file__)
-    ours = ends(start(2, script, file, form, 4, micro_batches, devices=devices))
+    ours = ends(start(2, script, file, form, 4, 1, 2, devices=devices))
     assert [(status, said(err)) for status, _, err in ours] == [(0, []), (0, [])]
     state, steps, _ = twenty_steps(form, 4, 1, 1)
     expected, found = recorded.flat(state, steps), np.load(file)
-    assert expected.keys() == set(found.files)
+    assert {f"{micro_batches} {name}" for micro_batches in (1, 2) for name in expected} == set(found.files)
     assert sum(name.startswith("choice") for name in expected) == 20 * 8
-    for name, value in expected.items():
+    for micro_batches, (name, value) in itertools.product((1, 2), expected.items()):
+        other = found[f"{micro_batches} {name}"]
         if name.startswith("choice"):
-            np.testing.assert_array_equal(found[name], value, err_msg=name)
+            np.testing.assert_array_equal(other, value, err_msg=name)
         else:
-            assert np.abs(found[name] - value).max() <= 1e-9 * max(np.abs(value).max(), 1e-6), name
+            assert np.abs(other - value).max() <= 1e-9 * max(np.abs(value).max(), 1e-6), name

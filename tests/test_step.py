@@ -85,11 +85,13 @@ def assert_same(ours, theirs, tolerance=1e-9):
 # The running step with everything on, on the digits
 
 
-# Form of stochastic depth, batch-norm group, devices, micro-batches. Of 32 examples a device holds 8: groups smaller than that,
-# and the whole batch. Equal ones, on two processes of four devices: test_processes.py; larger ones: the ResNet below.
+# Form of stochastic depth, batch-norm group, devices, micro-batches. In a micro-batch a device has 8 or 4 of the 32 examples: groups
+# smaller than that, and the whole batch. Equal to it: two processes, in test_processes.py. Larger ones: the ResNet below.
 LAYOUTS = [
     ("example", 4, 2, 2),
-    ("subset", 0, 4, 1),
+    ("example", 4, 4, 1),
+    ("subset", 0, 8, 1),
+    pytest.param("example", 4, 4, 2, marks=pytest.mark.full),
     pytest.param("batch", 0, 4, 1, marks=pytest.mark.full),
     pytest.param("subset", 4, 2, 2, marks=pytest.mark.full),
     pytest.param("subset", 4, 8, 1, marks=pytest.mark.full),
