@@ -85,7 +85,7 @@ def assert_same(ours, theirs, tolerance=1e-9):
 # The running step with everything on, on the digits
 
 
-# Form of stochastic depth, batch-norm group, devices, micro-batches. In a micro-batch a device has 8 or 4 of the 32 examples: groups
+# Form of stochastic depth, batch-norm group, devices, micro-batches. A device has 8 or 4 of the 32 examples at a time: groups
 # smaller than that, and the whole batch. Equal to it: two processes, in test_processes.py. Larger ones: the ResNet below.
 LAYOUTS = [
     ("example", 4, 2, 2),
