@@ -3,6 +3,8 @@
 python -m cnnfamily.train --config=configs/alexnet_2012.py:digits   # the embedded digits
 python -m cnnfamily.train --config=configs/alexnet_2012.py:smoke    # a shrunken network, seconds
 python -m cnnfamily.train --config=configs/alexnet_2012.py          # ImageNet; 59.3 % in the paper, one network
+
+On the digits it starts with torch's initialisation: with the paper's it needs more steps than there are (see `default.digits`).
 """
 
 from ml_collections import ConfigDict
