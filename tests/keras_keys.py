@@ -48,6 +48,7 @@ def main() -> None:
     lines = [f"# keras {keras.__version__}; written by keras_keys.py, which reads it"]
     for name, (theirs, arguments) in BUILDS.items():
         lines.append(name)
+        keras.utils.clear_session()  # it numbers layers without a name of their own over all networks it has made
         for layer in getattr(keras.applications, theirs)(weights=None, **arguments).layers:
             texts = ["x".join(map(str, weight.shape)) or "scalar" for weight in layer.weights]
             kind = CLASSES.get(type(layer).__name__)

@@ -20,7 +20,7 @@ import numpy as np
 import cnnfamily
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # read when keras is imported
-MEAN, STD = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
+MEAN, STD = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
 NETWORKS = {
     "mobilenet_v1": "MobileNet",
     "mobilenet_v2": "MobileNetV2",
@@ -92,15 +92,22 @@ def set_variance(network, variance: np.ndarray) -> None:
 
 
 def images_of(name: str, size: int, batch: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """The input of our network and of Keras's, whose EfficientNet and V3 prepare pixels of 0 to 255 themselves."""
+    """The input of our network and of Keras's, whose EfficientNet and V3 prepare pixels of 0 to 255 themselves.
+
+    Ours is prepared in Keras's type, for a difference of rounding here would be amplified as well.
+    """
+    import keras
+
     numbers, places = np.random.default_rng(size), np.arange(size) * 8 // size
     # Squares of colour under noise: of noise alone all images look alike to deep layers, whose norms then divide by next to
     # nothing and amplify rounding.
     pixels = 0.8 * numbers.uniform(0, 255, (batch, 8, 8, 3))[:, places][:, :, places]
     pixels = (pixels + 0.2 * numbers.uniform(0, 255, (batch, size, size, 3))).astype(np.float32)
+    prepared = pixels.astype(keras.config.floatx())
     if name.startswith("efficientnet"):
-        return (pixels / 255 - MEAN) / STD, pixels
-    scaled = pixels / np.float32(127.5) - 1
+        mean, std = MEAN.astype(prepared.dtype), STD.astype(prepared.dtype)
+        return (prepared / 255 - mean) / std, pixels
+    scaled = prepared / 127.5 - 1
     return scaled, pixels if "v3" in name else scaled
 
 
@@ -147,8 +154,10 @@ def main() -> None:
 
     keras.config.set_floatx(arguments.dtype)
     jax.config.update("jax_enable_x64", arguments.dtype == "float64")
+    # Keras's norms calculate in the `result_type` of their input and float32, which for float64 is float32, as for any type.
+    exact = mock.patch.object(keras.src.backend, "result_type", return_value="float64")
     for name in arguments.names or NETWORKS:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, exact if arguments.dtype == "float64" else contextlib.nullcontext():
             found = []
             for size, suffix in zip(arguments.sizes, itertools.cycle(SUFFIXES), strict=False):
                 network = random_network(name, size)
