@@ -96,7 +96,7 @@ def draw(rows: list[dict]) -> None:
     markers = dict(zip(("lenet", "alexnet", "vgg", "googlenet", "resnet", "mobilenet", "efficientnet"), "osv^DPX", strict=True))
     named = set()
     for name, runs in by_network(rows):
-        family = max((key for key in markers if key in name), key=len)
+        family = next((key for key in markers if key in name), "resnet")  # ResNeXt and the plain networks
         errors_ = [100 * (1 - run["test_top1"]) for run in runs]
         middle = statistics.mean(errors_)
         bars = [[middle - min(errors_)], [max(errors_) - middle]]
