@@ -129,7 +129,7 @@ def check(config: ConfigDict) -> None:
         if key.startswith("model.") or type(value) not in (int, float):
             continue
         for refused, expected in (
-            (value < 0, "0 or more"),
+            (value < (-1 if key == "data.workers" else 0), "0 or more" if key != "data.workers" else "-1 or more"),
             (key == "seed" and value >= 2**31, "less than 2**31"),
             (key in below_one and value >= 1, "less than 1"),
             (key in positive and value == 0, "more than 0"),

@@ -45,6 +45,15 @@ def place(arrays: dict[str, np.ndarray], mesh: Mesh, *, batch_axis: int | None) 
     }
 
 
+def rows_here(shape: tuple[int, ...], mesh: Mesh, *, batch_axis: int) -> np.ndarray:
+    """True for what of an array of this shape, cut along `batch_axis`, lies on devices of this process."""
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * batch_axis, AXIS))
+    here = np.zeros(shape, bool)
+    for where in sharding.addressable_devices_indices_map(shape).values():
+        here[where] = True
+    return here
+
+
 def replicate(tree, mesh: Mesh):
     """A tree of arrays, the same in every process, copied to all devices."""
     sharding = NamedSharding(mesh, PartitionSpec())

@@ -15,6 +15,14 @@ from ml_collections import ConfigDict
 from cnnfamily.errors import unknown
 from cnnfamily.models import model_config
 
+# `data` of the recipes for ImageNet
+IMAGENET = {
+    "source": "tfds:imagenet2012",
+    "fit": "crop",
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+}
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """The defaults for the network named by `arg`, EfficientNet-B0 without; or that in its `digits` or `smoke` form."""
@@ -33,14 +41,25 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model = model_config(model)  # `name`, and every field of that network
 
     config.data = ConfigDict()
-    config.data.source = "digits"  # digits, npz:PATH, idx:DIR or fake
+    config.data.source = "digits"  # digits, npz:PATH, idx:DIR, folder:PATH or fake
     config.data.resolution = 0  # side of the images in pixels; 0: the network's own (model.resolution)
-    config.data.fit = "resize"  # or "pad": put the image in the middle of black, as LeNet-5's paper does
+    # "resize" makes whole images square; "pad" puts them in the middle of black, as LeNet-5's paper does; "crop" is for
+    # photographs, decoded when needed: a random part in training (augment.crop_*), the middle in evaluation.
+    config.data.fit = "resize"
+    config.data.resize = 0  # crop: the shorter side in evaluation, before the middle is cut; 0: 8/7 of the resolution
+    config.data.interpolation = "bilinear"  # crop: or bicubic
+    config.data.test_share = 0.2  # of a folder without train and val, by a permutation from split_seed
+    config.data.split_seed = 0
+    config.data.workers = -1  # threads that decode photographs; 0: none; -1: as many as cores
+    config.data.prefetch = 2  # batches of photographs made ahead
+    config.data.bad_images = "stop"  # or "replace": by the next good one, with a warning
     config.data.mean = ()  # of pixels scaled to 0..1, one number a channel; (): measured on the training images
     config.data.std = ()
     config.data.device_megabytes = 2048  # a split up to this size is kept on each device, a larger one is sent in batches
 
     config.augment = ConfigDict()  # changes of training images, made on the device; 0 or False: none
+    config.augment.crop_scale = (0.08, 1.0)  # data.fit="crop": share of the area that a random part has, on the host
+    config.augment.crop_ratio = (3 / 4, 4 / 3)  # and its width over its height
     config.augment.crop_padding = 0  # pixels of black on each side before a random crop back to size
     config.augment.shift = 0  # pixels of random shift, filled with the image's edge
     config.augment.flip = False  # left and right, with probability 1/2
@@ -156,7 +175,7 @@ def smoke(config: ConfigDict) -> None:
             "total_epochs": 1.0,
             "total_steps": 0,
             "model": {"num_classes": 10},
-            "data": {"source": "fake:n=64,size=32,channels=3,classes=10", "resolution": 32},
+            "data": {"source": "fake:n=64,size=32,channels=3,classes=10", "resolution": 32, "fit": "resize"},
             "optim": {"warmup_epochs": min(0.5, config.optim.warmup_epochs), "warmup_steps": min(2, config.optim.warmup_steps)},
             "evaluate": {"every_epochs": 0.5},
         }

@@ -29,11 +29,7 @@ def make(name: str, arg: str, *, digits_epochs: float = 24.0) -> ConfigDict:
             "batch_size": 4096,
             "total_epochs": 350.0,
             "label_smoothing": 0.1,
-            "data": {
-                "source": "tfds:imagenet2012",
-                "mean": (0.485, 0.456, 0.406),
-                "std": (0.229, 0.224, 0.225),
-            },
+            "data": default.IMAGENET,
             "augment": {"flip": True},
             "optim": {
                 "name": "rmsprop",

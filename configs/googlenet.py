@@ -28,11 +28,7 @@ def make(name: str, arg: str) -> ConfigDict:
             "total_epochs": 250.0,
             "aux_weight": 0.3,
             "model": {"aux": True},
-            "data": {
-                "source": "tfds:imagenet2012",
-                "mean": (0.485, 0.456, 0.406),
-                "std": (0.229, 0.224, 0.225),
-            },
+            "data": default.IMAGENET,
             "augment": {"flip": True},
             "optim": {
                 "name": "sgd",

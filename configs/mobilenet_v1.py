@@ -27,11 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "batch_size": 64,
             "total_epochs": 200.0,
             "model": {"dropout": 0.001},
-            "data": {
-                "source": "tfds:imagenet2012",
-                "mean": (0.5, 0.5, 0.5),
-                "std": (0.5, 0.5, 0.5),
-            },
+            "data": default.IMAGENET | {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
             "augment": {"flip": True},
             "optim": {
                 "name": "sgd",

@@ -26,11 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "total_epochs": 420.0,
             "label_smoothing": 0.1,
             "model": {"norm_group": 96},
-            "data": {
-                "source": "tfds:imagenet2012",
-                "mean": (0.5, 0.5, 0.5),
-                "std": (0.5, 0.5, 0.5),
-            },
+            "data": default.IMAGENET | {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
             "augment": {"flip": True},
             "optim": {
                 "name": "rmsprop",

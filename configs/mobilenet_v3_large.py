@@ -29,11 +29,7 @@ def make(name: str, arg: str) -> ConfigDict:
             "batch_size": 1024,
             "total_epochs": 600.0,
             "model": {"norm_group": 128},
-            "data": {
-                "source": "tfds:imagenet2012",
-                "mean": (0.485, 0.456, 0.406),
-                "std": (0.229, 0.224, 0.225),
-            },
+            "data": default.IMAGENET,
             "augment": {"flip": True},
             "optim": {
                 "name": "rmsprop",

@@ -28,11 +28,7 @@ def make(name: str, arg: str) -> ConfigDict:
             "batch_size": 1024,
             "total_epochs": 90.0,
             "model": {"zero_init_last": True, "norm_group": 32},
-            "data": {
-                "source": "tfds:imagenet2012",
-                "mean": (0.485, 0.456, 0.406),
-                "std": (0.229, 0.224, 0.225),
-            },
+            "data": default.IMAGENET,
             "augment": {"flip": True},
             "optim": {
                 "name": "sgd",

@@ -26,11 +26,7 @@ def make(name: str, arg: str) -> ConfigDict:
         {
             "batch_size": 256,
             "total_epochs": 74.0,
-            "data": {
-                "source": "tfds:imagenet2012",
-                "mean": (0.485, 0.456, 0.406),
-                "std": (0.229, 0.224, 0.225),
-            },
+            "data": default.IMAGENET,
             "augment": {"flip": True},
             "optim": {
                 "name": "sgd",
