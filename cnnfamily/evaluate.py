@@ -47,7 +47,7 @@ def make_evaluator(
             sums.append(stop.read(jax.device_get(compiled(variables, batch, test.store))))
         # On the host in float64, so that the figure of a large split does not depend on how it was cut.
         total = {name: np.sum([np.asarray(part[name], np.float64) for part in sums], axis=0) for name in sums[0]}
-        expected = len(test.split.labels)
+        expected = len(test.split)
         assert total["examples"] == expected, f"evaluated {total['examples']} examples, expected {expected}"
         return losses.evaluation_metrics(total, prefix)
 

@@ -41,7 +41,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model = model_config(model)  # `name`, and every field of that network
 
     config.data = ConfigDict()
-    config.data.source = "digits"  # digits, npz:PATH, idx:DIR, folder:PATH or fake
+    config.data.source = "digits"  # digits, npz:PATH, idx:DIR, tfds:NAME, folder:PATH or fake
+    config.data.dir = ""  # where tfds: looks (else TFDS_DATA_DIR, else ~/tensorflow_datasets), and folder: for relative paths
     config.data.resolution = 0  # side of the images in pixels; 0: the network's own (model.resolution)
     # "resize" makes whole images square; "pad" puts them in the middle of black, as LeNet-5's paper does; "crop" is for
     # photographs, decoded when needed: a random part in training (augment.crop_*), the middle in evaluation.

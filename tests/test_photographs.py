@@ -1,14 +1,21 @@
 """Decoding in threads and ahead of the step: the same for any number of them, and bad images by the stated rule."""
 
+import contextlib
 import io
+import os
+import shutil
+import signal
 import threading
 
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets
 from conftest import mesh_of
 from PIL import Image
+from test_train import assert_equal_states, final_state, lines_without_timing
 
+from cnnfamily import checkpoint, errors, evaluate, predict, runlog, train
 from cnnfamily import config as configs
 from cnnfamily.data import feed, sources
 from cnnfamily.data.decoding import CentreCrop, TrainCrop, decode
@@ -34,9 +41,9 @@ FILES = [encoded(i) for i in range(N)]
 
 def photographs(bad=()):
     def read(index):
-        return b"no image" if index in bad else FILES[index]
+        return b"no image" if index in bad else FILES[index], index % 3
 
-    return Photographs(labels=np.arange(N, dtype=np.int32) % 3, read=read, name=lambda index: f"{index}.jpg")
+    return Photographs(N, read, lambda index: f"{index}.jpg")
 
 
 def centre(picture, index):
@@ -136,10 +143,8 @@ def data():
 
 
 def batches_of(config, devices, steps=range(4, 7)):
-    train = feed.TrainFeed(data(), config, mesh_of(devices))
-    found = [jax.device_get(train.batch(step)) for step in steps]
-    train.close()
-    return found
+    with contextlib.closing(feed.TrainFeed(data(), config, mesh_of(devices))) as ours:
+        return [jax.device_get(ours.batch(step)) for step in steps]
 
 
 def flat(batch):
@@ -177,3 +182,139 @@ def test_every_test_photograph_is_seen_once():
     pixels = np.concatenate([batch["images"][batch["mask"]] for batch in batches])
     for i in (0, 13, N - 1):
         np.testing.assert_array_equal(pixels[i], CentreCrop(32)(decode(FILES[i])))
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three classes that differ in colour, in `train` and `val`."""
+    root = tmp_path_factory.mktemp("photographs")
+    for split, count in (("train", 24), ("val", 9)):
+        for i in range(count):
+            rng = np.random.default_rng((count, i))
+            pixels = rng.integers(0, 100, (36 + i % 5, 50 - i % 7, 3)) + np.array([120 * (i % 3 == c) for c in range(3)])
+            place = root / split / "abc"[i % 3]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i:02d}.jpg")
+    return root
+
+
+def training_config(source, **overrides):
+    fields = {
+        "data.source": str(source),
+        "model.num_classes": 3,
+        "total_epochs": 4.0,
+        "evaluate.every_epochs": 2.0,
+        "log.every_steps": 3,
+        "checkpoint.every_steps": 5,
+        "data.workers": 2,
+    }
+    return config_for(**fields | overrides)
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    return workdir, train.run_training(training_config(f"folder:{folder}"), workdir, quiet=True)
+
+
+def assert_equal_runs(one, two):
+    assert lines_without_timing(one) == lines_without_timing(two)
+    assert_equal_states(final_state(one), final_state(two))
+
+
+def test_a_folder_trains(trained):
+    workdir, result = trained
+    assert (result.step, result.metrics["test_examples"]) == (12, 9)
+    data = runlog.read_manifest(workdir)["data"]
+    assert (data["train_examples"], data["test_examples"], data["class_names"]) == (24, 9, ["a", "b", "c"])
+    assert all(0.1 < value < 0.9 for value in (*data["mean"], *data["std"])), "measured"
+    rows = [row for row in runlog.read_metrics(workdir) if "train_loss" in row]
+    assert [0 <= row["timing"]["data_share"] <= 1 for row in rows] == [True] * 4
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+def test_the_same_images_from_tfds_give_the_same_bits(folder, trained, tmp_path):
+    kinds = tensorflow_datasets.features
+
+    class SameAsFolder(tensorflow_datasets.core.GeneratorBasedBuilder):
+        VERSION = tensorflow_datasets.core.Version("1.0.0")
+
+        def _info(self):
+            features = kinds.FeaturesDict({"image": kinds.Image(), "label": kinds.ClassLabel(names=["a", "b", "c"])})
+            return tensorflow_datasets.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples("train"), "validation": self._generate_examples("val")}
+
+        def _generate_examples(self, split):
+            for i, path in enumerate(sorted((folder / split).rglob("*.jpg"))):
+                yield i, {"image": path, "label": path.parent.name}
+
+    SameAsFolder(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    config = training_config("tfds:same_as_folder", **{"data.dir": str(tmp_path), "data.workers": 0})
+    train.run_training(config, tmp_path / "run", quiet=True)
+    assert_equal_runs(tmp_path / "run", trained[0])
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bits(folder, trained, tmp_path, monkeypatch):
+    workdir, original, config = tmp_path / "run", feed.TrainFeed.make_batch, training_config(f"folder:{folder}")
+
+    def make_batch(self, step):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step)
+
+    with monkeypatch.context() as context, pytest.raises(errors.Stopped):
+        context.setattr(feed.TrainFeed, "make_batch", make_batch)
+        train.run_training(config, workdir, quiet=True)
+    assert 0 < checkpoint.newest_step(workdir / "checkpoints") < 12
+    train.run_training(config, workdir, quiet=True)
+    assert_equal_runs(workdir, trained[0])
+
+
+def test_a_set_that_has_changed_is_refused(folder, tmp_path):
+    copy, workdir = tmp_path / "photographs", tmp_path / "run"
+    shutil.copytree(folder, copy)
+    config = training_config(f"folder:{copy}")
+    runlog.claim(workdir, config)
+    runlog.write_manifest(workdir, config=config, data=feed.load_data(config), total_steps=12, first_step=0)
+    (copy / "train/a/00.jpg").rename(copy / "train/a/00b.jpg")
+    with pytest.raises(UsageError, match="data set photographs has changed since this run began"):
+        train.run_training(config, workdir, quiet=True)
+
+
+def test_a_bad_photograph_stops_or_is_counted(folder, tmp_path, capsys):
+    copy = tmp_path / "photographs"
+    shutil.copytree(folder, copy)
+    (copy / "train/b/04.jpg").write_bytes((copy / "train/b/04.jpg").read_bytes()[:-200])
+    fields = {"data.mean": (0.4,) * 3, "data.std": (0.2,) * 3, "total_epochs": 1.0, "optim.warmup_epochs": 0.0}
+    with pytest.raises(UsageError, match=r"train/b/04\.jpg cannot be read: Premature end of JPEG file"):
+        train.run_training(training_config(f"folder:{copy}", **fields), tmp_path / "run", quiet=True)
+    fields["data.bad_images"] = "replace"
+    train.run_training(training_config(f"folder:{copy}", **fields), tmp_path / "run", quiet=True)
+    assert [row["timing"]["bad_images"] for row in runlog.read_metrics(tmp_path / "run") if "timing" in row] == [1]
+    assert capsys.readouterr().err.count("train/b/04.jpg") == 1
+
+
+def test_a_folder_of_small_images_is_kept_in_memory(folder):
+    data = feed.load_data(training_config(f"folder:{folder}", **{"data.fit": "resize"}))
+    assert data.train.images.shape == (24, 32, 32, 3)
+    assert data.train.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    file = folder / "train/b/04.jpg"
+    expected = np.asarray(Image.open(file).resize((32, 32), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(data.train.images[8 + 1], expected)
+
+
+def test_a_trained_network_sees_a_photograph_as_its_evaluation_did(folder, trained, monkeypatch):
+    """Whole images through `predict`, whose crops must be those of `TestFeed`."""
+    network, variables, config = evaluate.load_run(trained[0])
+    test = feed.TestFeed(feed.load_data(config), config, mesh_of(1))
+    batch = next(test.batches())
+    test.close()
+    expected = np.asarray(jax.nn.softmax(network.apply(variables, test.view(batch["images"]))))
+    rows = predict.predict_images(trained[0], sorted((folder / "val").rglob("*.jpg")), top=3)
+    for row, probabilities in zip(rows, expected, strict=False):
+        assert dict(row) == pytest.approx(dict(zip("abc", probabilities, strict=True)), abs=1e-5)

@@ -237,11 +237,9 @@ def test_fake_spec():
     assert "'n=many'" in message("fake:n=many")
 
 
-def test_sources_that_are_not_read():
-    text = message("tfds:cifar10")
-    assert "'tfds:cifar10' is not read by this version; it reads digits, npz:PATH, idx:DIR, folder:PATH, fake" in text
-    assert "`--config=...:digits` trains now" in text
-    assert "unknown data source 'digit'; did you mean 'digits'? known: digits, npz, idx, folder, fake" in message("digit")
+def test_sources_that_do_not_exist():
+    assert "unknown data source 'digit'; did you mean 'digits'? known: digits, npz, idx, tfds, folder, fake" in message("digit")
+    assert message("tfds:") == "data source is 'tfds:'; expected tfds:NAME"
     assert message("npz") == "data source is 'npz'; expected npz:PATH"
     assert message("idx:") == "data source is 'idx:'; expected idx:DIR"
     assert message("digits:8") == "data source is 'digits:8'; expected digits"

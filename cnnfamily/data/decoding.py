@@ -2,8 +2,9 @@
 
 JPEG goes through libjpeg-turbo in its strict mode: of a file with bytes missing or overwritten in the middle Pillow and OpenCV
 return a wrong picture without a word, here it is an error wherever the decoder stumbles (a single wrong bit may still decode).
-On undamaged files the pixels are Pillow's, byte for byte. All else, CMYK JPEG included, goes through Pillow. Formats are told by content: a PNG named `.JPEG` is read as what it is. An orientation in
-EXIF data is left alone, as torchvision and TensorFlow do; transparency is dropped; 16 bits become 8 by division by 257.
+On undamaged files the pixels are Pillow's, byte for byte. All else, CMYK JPEG included, goes through Pillow. Formats are told
+by content: a PNG named `.JPEG` is read as what it is. An orientation in EXIF data is left alone, as torchvision and TensorFlow
+do; transparency is dropped; 16 bits become 8 by division by 257.
 """
 
 import dataclasses

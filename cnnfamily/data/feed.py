@@ -27,7 +27,7 @@ def load_data(config: ConfigDict) -> sources.Dataset:
     Raises:
       UsageError: the source cannot be read, or has more classes than the network.
     """
-    fields = ("fit", "mean", "std", "resize", "interpolation", "test_share", "split_seed", "workers", "bad_images")
+    fields = ("dir", "fit", "mean", "std", "resize", "interpolation", "test_share", "split_seed", "workers", "bad_images")
     data = sources.load(
         config.data.source,
         resolution=resolution_of(config),
@@ -61,7 +61,7 @@ class TrainFeed:
                 f"batch_size={self.batch_size}: expected a multiple of {mesh.size * max(self.micro_batches, 1)}, "
                 f"for {mesh.size} device(s) and accumulate_steps={self.micro_batches}"
             )
-        self.steps_per_epoch = batches.steps_per_epoch(len(self.split.labels), self.batch_size)
+        self.steps_per_epoch = batches.steps_per_epoch(len(self.split), self.batch_size)
         self.store = _store(self.split, config, mesh)
         self.reader = _reader(self.split, config)
         if self.reader:
@@ -76,7 +76,7 @@ class TrainFeed:
 
     def make_batch(self, step: int) -> dict[str, jax.Array]:
         """The batch of a step, `[micro-batches, examples, ...]`, a pure function of (seed, step). `batch` makes it ahead."""
-        index = batches.train_indices(self.seed, step, len(self.split.labels), self.batch_size)
+        index = batches.train_indices(self.seed, step, len(self.split), self.batch_size)
         arrays = {"index": index, "position": np.arange(self.batch_size, dtype=np.int32)}
         if self.reader:
             arrays |= self.reader.images(index, self._cropper(step // self.steps_per_epoch), here=self._here.ravel())
@@ -105,7 +105,7 @@ class TestFeed:
 
     def __init__(self, data: sources.Dataset, config: ConfigDict, mesh: Mesh):
         self.split, self.mesh = data.test, mesh
-        wanted = min(config.evaluate.batch_size, len(self.split.labels))
+        wanted = min(config.evaluate.batch_size, len(self.split))
         self.batch_size = -(-wanted // mesh.size) * mesh.size
         self.store = _store(self.split, config, mesh)
         self.reader = _reader(self.split, config)
@@ -117,7 +117,7 @@ class TestFeed:
 
     def batches(self) -> Iterator[dict[str, jax.Array]]:
         """Batches `[examples, ...]` that hold every test example once; `mask` is False on the padding of the last."""
-        whole = list(batches.eval_batches(len(self.split.labels), self.batch_size))
+        whole = list(batches.eval_batches(len(self.split), self.batch_size))
 
         def make(number: int) -> dict[str, jax.Array] | None:
             if number >= len(whole):

@@ -1,8 +1,7 @@
 """Photographs in folders: `PATH/train/CLASS/*.jpg` and `PATH/val/CLASS/*.jpg` (or `validation`, `test`), or `PATH/CLASS/*.jpg`.
 
 Classes are the sorted names of the folders, and images are sorted by path, so that an index means the same image on every
-machine. One tree is split by a permutation from `split_seed`, which is not the run's seed: runs of other seeds compare on
-the same images.
+machine.
 """
 
 import hashlib
@@ -10,22 +9,24 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from cnnfamily.data.photographs import Photographs
+from cnnfamily.data.photographs import Photographs, shuffle_split
 from cnnfamily.errors import UsageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 TEST_NAMES = ("val", "validation", "test")
 
 
-def read(path: str, *, test_share: float, split_seed: int) -> tuple[str, Photographs, Photographs, tuple[str, ...], str]:
+def read(
+    path: str, *, directory: str = "", test_share: float, split_seed: int
+) -> tuple[str, Photographs, Photographs, tuple[str, ...], str]:
     """Name, training and test photographs, names of the classes, and a fingerprint of paths, sizes and classes.
+
+    A relative path is looked for under `directory`, if there is one.
 
     Raises:
       UsageError: no such folder, no images, a class without any, or classes that differ between training and test.
     """
-    root = Path(path).expanduser()
+    root = Path(directory, path).expanduser()
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder; expected PATH/train/CLASS/*.jpg and PATH/val, or PATH/CLASS/*.jpg")
     if (root / "train").is_dir():
@@ -41,33 +42,29 @@ def read(path: str, *, test_share: float, split_seed: int) -> tuple[str, Photogr
                 f"{root}: the classes of train and {test.name} differ; only in train: {', '.join(only[0]) or 'none'}; "
                 f"only in {test.name}: {', '.join(only[1]) or 'none'}"
             )
-        splits = [_flatten(listing, classes) for listing in listings]
+        files = [_flatten(listing, classes) for listing in listings]
+        splits = map(_photographs, files)
     else:
-        if not 0 < test_share < 1:
-            raise UsageError(f"data.test_share={test_share}: expected more than 0 and less than 1, for {root} has no train")
         listing = _list(root)
         classes = sorted(listing)
-        files = _flatten(listing, classes)
-        order = np.random.default_rng(split_seed).permutation(len(files))
-        cut = round(len(files) * test_share)
-        if not 0 < cut < len(files):
-            raise UsageError(f"{root} has {len(files)} images: data.test_share={test_share} leaves a split without any")
-        splits = [[files[i] for i in sorted(part)] for part in (order[cut:], order[:cut])]
-    digest = hashlib.sha256()
-    for files in splits:
-        for path, size, label in files:
+        files = [_flatten(listing, classes)]
+        splits = shuffle_split(_photographs(files[0]), test_share, split_seed, root)
+    train, test = splits
+    digest = hashlib.sha256(f"{split_seed} {len(test)}\n".encode() if len(files) == 1 else b"")
+    for part in files:
+        for path, size, label in part:
             digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0{label}\n".encode(errors="surrogateescape"))
         digest.update(b"\n")
-    return root.resolve().name, *map(_photographs, splits), tuple(classes), digest.hexdigest()[:16]
+    return root.resolve().name, train, test, tuple(classes), digest.hexdigest()[:16]
 
 
 def _photographs(files: list[tuple[Path, int, int]]) -> Photographs:
-    paths = [str(path) for path, _, _ in files]
+    paths, labels = [str(path) for path, _, _ in files], [label for _, _, label in files]
 
-    def read(index: int) -> bytes:
-        return Path(paths[index]).read_bytes()
+    def read(index: int) -> tuple[bytes, int]:
+        return Path(paths[index]).read_bytes(), labels[index]
 
-    return Photographs(labels=np.array([label for _, _, label in files], np.int32), read=read, name=paths.__getitem__)
+    return Photographs(len(files), read, paths.__getitem__)
 
 
 def _list(folder: Path) -> dict[str, list[tuple[Path, int]]]:

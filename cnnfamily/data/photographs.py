@@ -21,9 +21,31 @@ from cnnfamily.errors import UsageError, unknown, warn
 class Photographs:
     """A split whose images are encoded files or records."""
 
-    labels: np.ndarray  # int32 [n]
-    read: Callable[[int], bytes]  # the encoded image of an index
+    size: int
+    read: Callable[[int], tuple[bytes, int]]  # the encoded image of an index, and its label
     name: Callable[[int], str]  # where it comes from, for messages
+
+    def __len__(self) -> int:
+        return self.size
+
+    def part(self, indices: np.ndarray) -> "Photographs":
+        """Some of them, in the order given."""
+        chosen = [int(index) for index in indices]
+        return Photographs(len(chosen), lambda index: self.read(chosen[index]), lambda index: self.name(chosen[index]))
+
+
+def shuffle_split(whole: Photographs, test_share: float, seed: int, place) -> tuple[Photographs, Photographs]:
+    """Training and test images of a set that has no split of its own, each in the order of the whole.
+
+    By a permutation from `seed`, which is not the run's: runs of other seeds compare on the same images.
+    """
+    if not 0 < test_share < 1:
+        raise UsageError(f"data.test_share={test_share}: expected more than 0 and less than 1, for {place} has no test split")
+    order = np.random.default_rng(seed).permutation(len(whole))
+    cut = round(len(whole) * test_share)
+    if not 0 < cut < len(whole):
+        raise UsageError(f"{place} has {len(whole)} images: data.test_share={test_share} leaves a split without any")
+    return whole.part(np.sort(order[cut:])), whole.part(np.sort(order[:cut]))
 
 
 class Reader:
@@ -55,8 +77,8 @@ class Reader:
         """
 
         def one(i: int) -> tuple[np.ndarray, int]:
-            picture, taken = self._picture(int(index[i]))
-            return crop(picture, taken), self._split.labels[taken]
+            picture, label, taken = self._picture(int(index[i]))
+            return crop(picture, taken), label
 
         rows = np.flatnonzero(here)
         found = (self._pool.map if self._pool else map)(one, rows)
@@ -69,12 +91,13 @@ class Reader:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def _picture(self, index: int) -> tuple[Image.Image, int]:
-        """The picture of an index, or of the next one that is good, and whose it is."""
-        n = len(self._split.labels)
+    def _picture(self, index: int) -> tuple[Image.Image, int, int]:
+        """The picture of an index, or of the next one that is good, its label, and its index."""
+        n = len(self._split)
         for taken in ((index + i) % n for i in range(n)):
             try:
-                return decode(self._split.read(taken), self._shape[2]), taken
+                data, label = self._split.read(taken)
+                return decode(data, self._shape[2]), label, taken
             except (BadImageError, OSError) as error:
                 text = f"image {self._split.name(taken)} cannot be read: {error}"
             if not self._replaces:

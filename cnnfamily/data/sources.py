@@ -8,6 +8,7 @@ Small images are uint8 arrays in memory at the size the network takes; photograp
 | `npz:PATH`  | `train_images` uint8 [n, h, w] or [n, h, w, c], `train_labels` int [n], `test_images`,          |
 |             | `test_labels`, and `class_names` if any                                                         |
 | `idx:DIR`   | the four files of MNIST (http://yann.lecun.com/exdb/mnist), gzipped or not                      |
+| `tfds:NAME` | what TensorFlow Datasets has prepared, without TensorFlow (`tfds.py`)                            |
 | `folder:PATH` | photographs in `train/CLASS/` and `val/CLASS/`, or in one tree that is split (`folder.py`)     |
 | `fake`      | seeded random images with a learnable class; `fake:n=512,size=32,channels=3,classes=10`         |
 """
@@ -28,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cnnfamily.data import folder
+from cnnfamily.data import folder, tfds
 from cnnfamily.data.decoding import CentreCrop
 from cnnfamily.data.photographs import Photographs, Reader
 from cnnfamily.errors import UsageError, unknown
@@ -38,6 +39,9 @@ from cnnfamily.errors import UsageError, unknown
 class Split:
     images: np.ndarray  # uint8 [n, height, width, channels]
     labels: np.ndarray  # int32 [n]
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +64,7 @@ def load(
     *,
     resolution: int,
     channels: int,
+    dir: str = "",
     fit: str = "resize",
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
@@ -79,11 +84,6 @@ def load(
     if fit not in FITS:
         raise unknown("data.fit", fit, FITS)
     _expect(channels in (1, 3), f"model.in_channels is {channels}", "1 (grey) or 3 (RGB)")
-    if prefix == "tfds":
-        raise UsageError(
-            f"data source {source!r} is not read by this version; it reads {', '.join(FORMS.values())}; "
-            "`--config=...:digits` trains now"
-        )
     if prefix not in FORMS:
         raise unknown("data source", prefix, FORMS)
     complete = not rest if prefix == "digits" else rest or prefix == "fake"
@@ -93,16 +93,17 @@ def load(
         _expect(one_each, f"data.{key} is {tuple(given)}", f"{channels} values, one a channel, or none")
     _expect(all(value > 0 for value in std), f"data.std is {tuple(std)}", "values above 0")
     if prefix in PHOTOGRAPHS:
-        name, train, test, class_names, fingerprint = PHOTOGRAPHS[prefix](rest, test_share=test_share, split_seed=split_seed)
+        read = PHOTOGRAPHS[prefix]
+        name, train, test, class_names, fingerprint = read(rest, directory=dir, test_share=test_share, split_seed=split_seed)
         size = {"resolution": resolution, "channels": channels}
         reading = {**size, "workers": workers, "bad_images": bad_images}
         if fit == "crop":
             crop = CentreCrop(resolution, resize, interpolation)
-            some = np.arange(0, len(train.labels), -(-len(train.labels) // 1000))
+            some = np.arange(0, len(train), -(-len(train) // 1000))
             sample = train if mean and std else _decoded(train, some, crop, **reading)
         else:
             fitted = functools.partial(fit_picture, **size, fit=fit)
-            train, test = (_decoded(split, np.arange(len(split.labels)), fitted, **reading) for split in (train, test))
+            train, test = (_decoded(split, np.arange(len(split)), fitted, **reading) for split in (train, test))
             sample = train
     else:
         _expect(fit != "crop", f"data.fit is 'crop' and data.source {source!r}", "'resize' or 'pad', for images in arrays")
@@ -208,11 +209,12 @@ def _read_fake(rest: str) -> tuple[str, dict]:
 
 
 READERS = {"digits": _read_digits, "npz": _read_npz, "idx": _read_idx, "fake": _read_fake}
-PHOTOGRAPHS = {"folder": folder.read}
+PHOTOGRAPHS = {"tfds": tfds.read, "folder": folder.read}
 FORMS = {
     "digits": "digits",
     "npz": "npz:PATH",
     "idx": "idx:DIR",
+    "tfds": "tfds:NAME",
     "folder": "folder:PATH",
     "fake": "fake or fake:n=512,size=32",
 }
