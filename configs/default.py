@@ -22,6 +22,11 @@ IMAGENET = {
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
 }
+# `augment` without any change of the images that it could make
+AS_IT_IS = {
+    **{"crop_padding": 0, "shift": 0, "flip": False, "policy": "", "jitter": 0.0, "light": 0.0},
+    **{"erasing": 0.0, "cutout_side": 0, "mixup": 0.0, "cutmix": 0.0},
+}
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -44,13 +49,13 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.source = "digits"  # digits, npz:PATH, idx:DIR, tfds:NAME, folder:PATH or fake
     config.data.dir = ""  # where tfds: looks (else TFDS_DATA_DIR, else ~/tensorflow_datasets), and folder: for relative paths
     config.data.resolution = 0  # side of the images in pixels; 0: the network's own (model.resolution)
-    # "resize" makes whole images square; "pad" puts them in the middle of black, as LeNet-5's paper does; "crop" is for
-    # photographs, decoded when needed: a random part in training (augment.crop_*), the middle in evaluation.
-    config.data.fit = "resize"
+    # "pad" puts images in the middle of black, as LeNet-5's paper does; "crop" is for photographs, decoded when needed: a
+    # random part in training (augment.crop_*), the middle in evaluation.
+    config.data.fit = "resize"  # whole images made square
     config.data.resize = 0  # crop: the shorter side in evaluation, before the middle is cut; 0: 8/7 of the resolution
     config.data.interpolation = "bilinear"  # crop: or bicubic
     config.data.test_share = 0.2  # of a folder without train and val, by a permutation from split_seed
-    config.data.split_seed = 0
+    config.data.split_seed = 0  # not the run's seed: runs of other seeds compare on the same images
     config.data.workers = -1  # threads that decode photographs; 0: none; -1: as many as cores
     config.data.prefetch = 2  # batches of photographs made ahead
     config.data.bad_images = "stop"  # or "replace": by the next good one, with a warning
@@ -64,6 +69,13 @@ def get_config(arg: str = "") -> ConfigDict:
     config.augment.crop_padding = 0  # pixels of black on each side before a random crop back to size
     config.augment.shift = 0  # pixels of random shift, filled with the image's edge
     config.augment.flip = False  # left and right, with probability 1/2
+    config.augment.policy = ""  # autoaugment, autoaugment_cifar10, randaugment or trivialaugment; "": none
+    config.augment.policy_count = 2  # randaugment: operations one after another
+    config.augment.policy_magnitude = 9  # randaugment: 0 to 30
+    config.augment.jitter = 0.0  # brightness, contrast and saturation by 1 +- this
+    config.augment.light = 0.0  # AlexNet's colour noise; 0.1 in the paper
+    config.augment.erasing = 0.0  # probability of a box of zeros
+    config.augment.cutout_side = 0  # pixels of a square of zeros
     config.augment.mixup = 0.0  # alpha of mixup, 0.2 for example; with cutmix as well, a coin for each image decides
     config.augment.cutmix = 0.0  # alpha of cutmix, 1.0 for example
     config.augment.mix_group = 16  # partners are found among so many neighbours in the batch
@@ -129,7 +141,7 @@ def digits(config: ConfigDict, *, epochs: float) -> None:
             "label_smoothing": 0.1,
             "model": {"num_classes": 10},
             "data": {"source": "digits", "resolution": 32, "fit": "resize", "mean": (), "std": ()},
-            "augment": {"crop_padding": 0, "shift": 3, "flip": False, "mixup": 0.0, "cutmix": 0.0},
+            "augment": AS_IT_IS | {"shift": 3},
             "optim": {
                 "name": "adamw",
                 "learning_rate": 2e-3,

@@ -18,6 +18,7 @@ from cnnfamily.errors import UsageError
 
 _MIX_KEYS = ("mixup", "cutmix", "mix_group")
 _CROP_KEYS = ("crop_scale", "crop_ratio")
+_ERASE_KEYS = ("erasing", "cutout_side")
 CROP_PURPOSE = 2  # keeps the stream of crops apart from others drawn from the same seed (see `batches`)
 
 
@@ -156,5 +157,8 @@ def _reader(split: sources.Split | Photographs, config: ConfigDict) -> Reader | 
 def train_view(
     keys: jax.Array, images: jax.Array, *, config: dict, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> jax.Array:
-    """What the network sees of uint8 images `[batch, height, width, channels]` in training: augmented, then normalised."""
-    return augment.normalize(augment.augment(keys, images, **config), mean, std)
+    """What the network sees of uint8 images `[batch, height, width, channels]` in training: augmented, normalised, erased."""
+    after = {name: config[name] for name in _ERASE_KEYS if name in config}
+    before = {name: value for name, value in config.items() if name not in _ERASE_KEYS}
+    images = augment.normalize(augment.augment(keys, images, **before), mean, std)
+    return augment.erase(keys, images, **after)
