@@ -41,6 +41,17 @@ def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> Config
     return config.lock()
 
 
+def read_overrides(arguments: Iterable[str], options: str) -> dict[str, str]:
+    """Flat overrides from `--config.KEY=VALUE`; anything else is a `UsageError` that names the command's own options too."""
+    overrides = {}
+    for argument in arguments:
+        key, equals, value = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not equals:
+            raise UsageError(f"argument {argument!r}: expected {options} or --config.KEY=VALUE")
+        overrides[key] = value
+    return overrides
+
+
 def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
     """Sets flat `{"group.key": value}` in place, each value in the type that its key has; `model.name` first."""
     for key, value in sorted(overrides.items(), key=lambda item: item[0] != "model.name"):

@@ -134,12 +134,9 @@ def main(argv: list[str]) -> None:
     published = (arguments.model, arguments.weights, arguments.config)
     if any(published) if arguments.workdir else not all(published):
         parser.error("expected --workdir, or --model, --weights and --config")
-    overrides = {"model.name": arguments.model}
-    for argument in rest:
-        key, equals, value = argument.removeprefix("--config.").partition("=")
-        if arguments.workdir or not argument.startswith("--config.") or not equals:
-            parser.error(f"unrecognized argument {argument}")
-        overrides[key] = value
+    if arguments.workdir and rest:
+        parser.error(f"unrecognized argument {rest[0]}")
+    overrides = {"model.name": arguments.model} | configs.read_overrides(rest, "--model=, --weights=, --config=")
     with processes.session():
         if arguments.workdir:
             metrics = evaluate_run(arguments.workdir, which=arguments.checkpoint)

@@ -17,6 +17,11 @@ def data_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
 
 
+def local_mesh() -> Mesh:
+    """One device of this process."""
+    return jax.make_mesh((1,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.local_devices()[:1])
+
+
 def map_over_devices(step: Callable, mesh: Mesh, *, batch_axis: int, outputs: int, donate: bool = False) -> Callable:
     """Compiles `step(state, batch, store)`, written for one device, for all: `batch` is cut along `batch_axis`.
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cnnfamily import errors, runlog
 from cnnfamily.data import augment, feed, preprocessing, sources
-from cnnfamily.data.decoding import BadImageError, CentreCrop, decode
+from cnnfamily.data.decoding import BadImageError, decode
 from cnnfamily.data.folder import SUFFIXES
 from cnnfamily.evaluate import load_run
 from cnnfamily.weights import load_pretrained
@@ -30,7 +30,7 @@ def predict_images(workdir: str | Path, paths: list[Path], *, top: int = 5) -> l
     network, variables, config = load_run(workdir)
     data = runlog.read_manifest(Path(workdir))["data"]
     resolution, channels = feed.resolution_of(config), config.model.in_channels
-    crop = CentreCrop(resolution, config.data.resize, config.data.interpolation)
+    crop = feed.evaluation_crop(config)
 
     def prepare(picture):
         if config.data.fit == "crop":

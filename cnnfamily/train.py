@@ -212,13 +212,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
     parser.add_argument("--workdir", metavar="DIR", help="default: runs/CONFIG-NAME")
     arguments, rest = parser.parse_known_args(argv)
-    overrides = {}
-    for argument in rest:
-        key, equals, value = argument.removeprefix("--config.").partition("=")
-        if not argument.startswith("--config.") or not equals:
-            raise errors.UsageError(f"argument {argument!r}: expected --config=, --workdir= or --config.KEY=VALUE")
-        overrides[key] = value
-    config = configs.load_config(arguments.config, overrides)
+    config = configs.load_config(arguments.config, configs.read_overrides(rest, "--config=, --workdir="))
     with interrupt.Guard(), processes.session():
         run_training(config, arguments.workdir or default_workdir(arguments.config))
 

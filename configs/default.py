@@ -66,6 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.augment = ConfigDict()  # changes of training images, made on the device; 0 or False: none
     config.augment.crop_scale = (0.08, 1.0)  # data.fit="crop": share of the area that a random part has, on the host
     config.augment.crop_ratio = (3 / 4, 4 / 3)  # and its width over its height
+    config.augment.crop_shorter = ()  # instead: shorter side drawn between two numbers of pixels, then a square cut out
     config.augment.crop_padding = 0  # pixels of black on each side before a random crop back to size
     config.augment.shift = 0  # pixels of random shift, filled with the image's edge
     config.augment.flip = False  # left and right, with probability 1/2

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cnnfamily.data import preprocessing
-from cnnfamily.data.decoding import BadImageError, CentreCrop, TrainCrop, crop_box, decode
+from cnnfamily.data.decoding import BadImageError, CentreCrop, ScaleCrop, TrainCrop, crop_box, decode
 from cnnfamily.errors import UsageError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8).repeat(20, 0).repeat(30, 1)
@@ -137,6 +137,19 @@ def test_a_training_crop_is_cut_and_then_resized():
     assert crop(PICTURE.convert("L"), np.random.default_rng(5)).shape == (20, 20, 1)
 
 
+def test_a_square_of_the_whole_image_at_a_random_scale():
+    crop, seen = ScaleCrop(48, (50, 60)), set()
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        shorter = int(rng.integers(50, 61))
+        size = (240 * shorter // 160, shorter)
+        left, top = (int(rng.integers(side - 47)) for side in size)
+        expected = PICTURE.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + 48, top + 48))
+        np.testing.assert_array_equal(crop(PICTURE, np.random.default_rng(seed)), np.asarray(expected))
+        seen.add(shorter)
+    assert seen == set(range(50, 61))
+
+
 def test_an_evaluation_crop_is_that_of_published_weights():
     theirs = preprocessing.Preprocessing(64, 56, mean=(0.0,) * 3, std=(1 / 255,) * 3)(PICTURE)
     np.testing.assert_allclose(CentreCrop(56)(PICTURE), theirs, atol=1e-3)  # 8/7 of 56 is 64
@@ -159,6 +172,8 @@ def test_an_evaluation_crop_is_that_of_published_weights():
         (lambda: TrainCrop(8, (math.nan, 1.0)), "augment.crop_scale"),
         (lambda: TrainCrop(8, interpolation="linear"), "unknown data.interpolation 'linear'; did you mean 'bilinear'?"),
         (lambda: TrainCrop(0), "data.resolution is 0"),
+        (lambda: ScaleCrop(8, (7, 9)), "augment.crop_shorter=(7, 9): expected two numbers of pixels from data.resolution=8"),
+        (lambda: ScaleCrop(8, (9,)), "augment.crop_shorter=(9,)"),
         (lambda: CentreCrop(8, 7), "data.resize=7: expected 0 or at least data.resolution=8"),
     ],
 )

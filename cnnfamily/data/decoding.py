@@ -112,6 +112,30 @@ class TrainCrop:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScaleCrop:
+    """The whole image with its shorter side brought to a random number of pixels between two, then a random square of it.
+
+    As the papers of AlexNet (256 alone), VGG (256 to 512) and ResNet (256 to 480) cut theirs, before parts of random shape.
+    """
+
+    resolution: int
+    shorter: tuple[int, int]
+    interpolation: str = "bilinear"
+
+    def __post_init__(self):
+        _check(self.interpolation, self.resolution)
+        if len(self.shorter) != 2 or not self.resolution <= self.shorter[0] <= self.shorter[1]:
+            expected = f"two numbers of pixels from data.resolution={self.resolution}, the smaller first, or none"
+            raise UsageError(f"augment.crop_shorter={tuple(self.shorter)}: expected {expected}")
+
+    def __call__(self, picture: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        size = resized_size(picture.size, int(rng.integers(self.shorter[0], self.shorter[1] + 1)))
+        left, top = (int(rng.integers(side - self.resolution + 1)) for side in size)
+        picture = picture.resize(size, FILTERS[self.interpolation])
+        return _pixels(picture.crop((left, top, left + self.resolution, top + self.resolution)))
+
+
+@dataclasses.dataclass(frozen=True)
 class CentreCrop:
     """The shorter side brought to `resize` pixels, then the middle: uint8 `[resolution, resolution, channels]`.
 

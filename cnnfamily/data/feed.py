@@ -12,12 +12,12 @@ from PIL import Image
 
 from cnnfamily import parallel
 from cnnfamily.data import augment, batches, sources
-from cnnfamily.data.decoding import CentreCrop, TrainCrop
+from cnnfamily.data.decoding import CentreCrop, ScaleCrop, TrainCrop
 from cnnfamily.data.photographs import Ahead, Photographs, Reader
 from cnnfamily.errors import UsageError
 
 _MIX_KEYS = ("mixup", "cutmix", "mix_group")
-_CROP_KEYS = ("crop_scale", "crop_ratio")
+_CROP_KEYS = ("crop_scale", "crop_ratio", "crop_shorter")
 _ERASE_KEYS = ("erasing", "cutout_side")
 CROP_PURPOSE = 2  # keeps the stream of crops apart from others drawn from the same seed (see `batches`)
 
@@ -64,10 +64,9 @@ class TrainFeed:
             )
         self.steps_per_epoch = batches.steps_per_epoch(len(self.split), self.batch_size)
         self.store = _store(self.split, config, mesh)
-        self.reader = _reader(self.split, config)
+        self.reader = make_reader(self.split, config)
         if self.reader:
-            fields = {name.removeprefix("crop_"): config.augment[name] for name in _CROP_KEYS}
-            self._crop = TrainCrop(resolution_of(config), **fields, interpolation=config.data.interpolation)
+            self._crop = training_crop(config)
             self._here = parallel.rows_here((self.micro_batches, self.batch_size // self.micro_batches), mesh, batch_axis=1)
         self.batch = Ahead(self.make_batch, config.data.prefetch if self.reader and config.data.workers else 0)
         changes = {name: value for name, value in config.augment.items() if name not in _MIX_KEYS + _CROP_KEYS}
@@ -109,9 +108,9 @@ class TestFeed:
         wanted = min(config.evaluate.batch_size, len(self.split))
         self.batch_size = -(-wanted // mesh.size) * mesh.size
         self.store = _store(self.split, config, mesh)
-        self.reader = _reader(self.split, config)
+        self.reader = make_reader(self.split, config)
         if self.reader:
-            self._crop = CentreCrop(resolution_of(config), config.data.resize, config.data.interpolation)
+            self._crop = evaluation_crop(config)
             self._here = parallel.rows_here((self.batch_size,), mesh, batch_axis=0)
             self._ahead = config.data.prefetch if config.data.workers else 0
         self.view = functools.partial(augment.normalize, mean=data.mean, std=data.std)
@@ -147,7 +146,21 @@ def _store(split: sources.Split, config: ConfigDict, mesh: Mesh) -> dict[str, ja
     return parallel.place({"images": split.images, "labels": split.labels}, mesh, batch_axis=None)
 
 
-def _reader(split: sources.Split | Photographs, config: ConfigDict) -> Reader | None:
+def training_crop(config: ConfigDict) -> TrainCrop | ScaleCrop:
+    """What a training step gets of a photograph, before it is augmented."""
+    chosen, resolution, interpolation = config.augment, resolution_of(config), config.data.interpolation
+    if chosen.crop_shorter:
+        return ScaleCrop(resolution, chosen.crop_shorter, interpolation)
+    return TrainCrop(resolution, chosen.crop_scale, chosen.crop_ratio, interpolation)
+
+
+def evaluation_crop(config: ConfigDict) -> CentreCrop:
+    """What an evaluation sees of a photograph."""
+    return CentreCrop(resolution_of(config), config.data.resize, config.data.interpolation)
+
+
+def make_reader(split: sources.Split | Photographs, config: ConfigDict) -> Reader | None:
+    """What decodes the images of a split, if they are photographs."""
     if not isinstance(split, Photographs):
         return None
     size = {"resolution": resolution_of(config), "channels": config.model.in_channels}
