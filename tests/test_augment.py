@@ -302,3 +302,11 @@ def test_augmentations_that_cannot_be(fields, expected):
     with pytest.raises(UsageError) as error:
         augment(jax.random.split(jax.random.key(0), 2), jnp.zeros((2, 8, 8, 1), jnp.uint8), **fields)
     assert expected in str(error.value)
+
+
+def test_boxes_that_cannot_be():
+    keys, images = jax.random.split(jax.random.key(0), 2), jnp.zeros((2, 8, 8, 1))
+    with pytest.raises(UsageError, match=r"augment\.cutout_side=17; expected at most twice the side of the images, 8"):
+        erase(keys, images, cutout_side=17)
+    with pytest.raises(UsageError, match=r"augment\.erasing=1\.5; expected a probability"):
+        erase(keys, images, erasing=1.5)

@@ -185,6 +185,8 @@ def erase(keys, images, *, erasing: float = 0.0, cutout_side: int = 0):
     """keys [batch], normalised images [batch, height, width, channels]: random erasing by probability, then cutout."""
     if erasing > 1:
         raise UsageError(f"augment.erasing={erasing}; expected a probability, 0 (off) to 1")
+    if cutout_side > 2 * max(images.shape[1:3]):  # it would always leave nothing
+        raise UsageError(f"augment.cutout_side={cutout_side}; expected at most twice the side of the images, {images.shape[2]}")
 
     def erase_one(key, image):
         if erasing:
