@@ -41,6 +41,17 @@ def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> Config
     return config.lock()
 
 
+def read_overrides(arguments: Iterable[str], options: str) -> dict[str, str]:
+    """Flat overrides from `--config.KEY=VALUE`; anything else is a `UsageError` that names the command's own options too."""
+    overrides = {}
+    for argument in arguments:
+        key, equals, value = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not equals:
+            raise UsageError(f"argument {argument!r}: expected {options} or --config.KEY=VALUE")
+        overrides[key] = value
+    return overrides
+
+
 def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
     """Sets flat `{"group.key": value}` in place, each value in the type that its key has; `model.name` first."""
     for key, value in sorted(overrides.items(), key=lambda item: item[0] != "model.name"):
@@ -129,7 +140,7 @@ def check(config: ConfigDict) -> None:
         if key.startswith("model.") or type(value) not in (int, float):
             continue
         for refused, expected in (
-            (value < 0, "0 or more"),
+            (value < (-1 if key == "data.workers" else 0), "0 or more" if key != "data.workers" else "-1 or more"),
             (key == "seed" and value >= 2**31, "less than 2**31"),
             (key in below_one and value >= 1, "less than 1"),
             (key in positive and value == 0, "more than 0"),

@@ -47,7 +47,7 @@ def make_evaluator(
             sums.append(stop.read(jax.device_get(compiled(variables, batch, test.store))))
         # On the host in float64, so that the figure of a large split does not depend on how it was cut.
         total = {name: np.sum([np.asarray(part[name], np.float64) for part in sums], axis=0) for name in sums[0]}
-        expected = len(test.split.labels)
+        expected = len(test.split)
         assert total["examples"] == expected, f"evaluated {total['examples']} examples, expected {expected}"
         return losses.evaluation_metrics(total, prefix)
 
@@ -134,12 +134,9 @@ def main(argv: list[str]) -> None:
     published = (arguments.model, arguments.weights, arguments.config)
     if any(published) if arguments.workdir else not all(published):
         parser.error("expected --workdir, or --model, --weights and --config")
-    overrides = {"model.name": arguments.model}
-    for argument in rest:
-        key, equals, value = argument.removeprefix("--config.").partition("=")
-        if arguments.workdir or not argument.startswith("--config.") or not equals:
-            parser.error(f"unrecognized argument {argument}")
-        overrides[key] = value
+    if arguments.workdir and rest:
+        parser.error(f"unrecognized argument {rest[0]}")
+    overrides = {"model.name": arguments.model} | configs.read_overrides(rest, "--model=, --weights=, --config=")
     with processes.session():
         if arguments.workdir:
             metrics = evaluate_run(arguments.workdir, which=arguments.checkpoint)

@@ -17,6 +17,11 @@ def data_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
 
 
+def local_mesh() -> Mesh:
+    """One device of this process."""
+    return jax.make_mesh((1,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.local_devices()[:1])
+
+
 def map_over_devices(step: Callable, mesh: Mesh, *, batch_axis: int, outputs: int, donate: bool = False) -> Callable:
     """Compiles `step(state, batch, store)`, written for one device, for all: `batch` is cut along `batch_axis`.
 
@@ -43,6 +48,15 @@ def place(arrays: dict[str, np.ndarray], mesh: Mesh, *, batch_axis: int | None) 
         name: jax.make_array_from_callback(array.shape, sharding, lambda where, array=array: array[where])
         for name, array in arrays.items()
     }
+
+
+def rows_here(shape: tuple[int, ...], mesh: Mesh, *, batch_axis: int) -> np.ndarray:
+    """True for what of an array of this shape, cut along `batch_axis`, lies on devices of this process."""
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * batch_axis, AXIS))
+    here = np.zeros(shape, bool)
+    for where in sharding.addressable_devices_indices_map(shape).values():
+        here[where] = True
+    return here
 
 
 def replicate(tree, mesh: Mesh):

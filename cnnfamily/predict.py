@@ -9,14 +9,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from cnnfamily import errors, runlog
-from cnnfamily.data import augment, preprocessing, sources
+from cnnfamily.data import augment, feed, preprocessing, sources
+from cnnfamily.data.decoding import BadImageError, decode
+from cnnfamily.data.folder import SUFFIXES
 from cnnfamily.evaluate import load_run
 from cnnfamily.weights import load_pretrained
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
 
 def predict_images(workdir: str | Path, paths: list[Path], *, top: int = 5) -> list[list[tuple[str, float]]]:
@@ -29,11 +29,15 @@ def predict_images(workdir: str | Path, paths: list[Path], *, top: int = 5) -> l
     """
     network, variables, config = load_run(workdir)
     data = runlog.read_manifest(Path(workdir))["data"]
-    resolution = config.data.resolution or config.model.resolution
-    fit = {"resolution": resolution, "channels": config.model.in_channels, "fit": config.data.fit}
+    resolution, channels = feed.resolution_of(config), config.model.in_channels
+    crop = feed.evaluation_crop(config)
 
-    def prepare(image):
-        return augment.normalize(sources.fit_images(np.asarray(image.convert("RGB"))[None], **fit), data["mean"], data["std"])
+    def prepare(picture):
+        if config.data.fit == "crop":
+            pixels = crop(picture.convert("L" if channels == 1 else "RGB"))
+        else:
+            pixels = sources.fit_picture(picture, resolution=resolution, channels=channels, fit=config.data.fit)
+        return augment.normalize(pixels[None], data["mean"], data["std"])
 
     return _predict(network, variables, prepare, data["class_names"], paths, top)
 
@@ -65,11 +69,10 @@ def _predict(network, variables, prepare, names: list[str], paths: list[Path], t
 
 def _read_image(path: Path, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     try:
-        with Image.open(path) as image:
-            return prepare(image)
+        return prepare(decode(path.read_bytes()))
     except FileNotFoundError:
         raise errors.UsageError(f"{path} does not exist; expected an image or a folder of images") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (BadImageError, OSError) as error:
         raise errors.UsageError(f"{path} cannot be read as an image: {error}") from error
 
 

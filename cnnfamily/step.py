@@ -54,14 +54,7 @@ class Objective:
 
     def __call__(self, params: Any, state: TrainState, micro: dict[str, jax.Array], store: dict[str, jax.Array]):
         """The mean loss, and with it the new batch statistics, the top-1 share, and each random choice by name."""
-        augment_key = rng.step_key(self.seed, state.step, rng.AUGMENT)
-        images = self.view(rng.example_keys(augment_key, micro["position"]), _take(store, micro, "images"))
-        labels = _take(store, micro, "labels")
-        targets = losses.smooth(labels, self.network.num_classes, self.label_smoothing, _float_dtype(params))
-        choices = {"images": images, "labels": labels}
-        if self.mix:
-            mix_key = rng.step_key(self.seed, state.step, rng.MIX)
-            images, targets, choices["mix"] = self.mix(mix_key, micro["position"], images, targets)
+        images, targets, choices = self.inputs(state.step, micro, store, _float_dtype(params))
         logits, updates = self.network.apply(
             {"params": params, "batch_stats": state.batch_stats},
             images,
@@ -76,8 +69,20 @@ class Objective:
         loss = losses.cross_entropy(logits, targets).mean()
         for auxiliary in jax.tree.leaves(updates.get("aux_logits", {})):
             loss += self.aux_weight * losses.cross_entropy(auxiliary, targets).mean()
-        top1 = losses.hits(logits, labels, 1).astype(jnp.float32).mean()
+        top1 = losses.hits(logits, choices["labels"], 1).astype(jnp.float32).mean()
         return loss, (updates.get("batch_stats", {}), top1, choices | updates.get("choices", {}))
+
+    def inputs(self, step: jax.Array, micro: dict[str, jax.Array], store: dict[str, jax.Array], dtype: jnp.dtype):
+        """What the network gets: images, targets, and the choices that led to them."""
+        augment_key = rng.step_key(self.seed, step, rng.AUGMENT)
+        images = self.view(rng.example_keys(augment_key, micro["position"]), _take(store, micro, "images"))
+        labels = _take(store, micro, "labels")
+        targets = losses.smooth(labels, self.network.num_classes, self.label_smoothing, dtype)
+        choices = {"images": images, "labels": labels}
+        if self.mix:
+            mix_key = rng.step_key(self.seed, step, rng.MIX)
+            images, targets, choices["mix"] = self.mix(mix_key, micro["position"], images, targets)
+        return images, targets, choices
 
 
 def train_step(

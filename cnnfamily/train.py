@@ -51,46 +51,47 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             runlog.draw_curves(workdir)
         return Result(workdir, first_step, last_evaluation(workdir))
 
-    # Data and devices
-    mesh = parallel.data_mesh()
-    data = feed.load_data(config)
-    train, test = feed.TrainFeed(data, config, mesh), feed.TestFeed(data, config, mesh)
-    total_steps = round(optim.duration(config, "total", train.steps_per_epoch))
-    if total_steps < 1:
-        raise errors.UsageError(
-            f"total_epochs={config.total_epochs}, total_steps={config.total_steps}: expected 1 step or more"
-        )
-    evaluate_every = max(1, round(config.evaluate.every_epochs * train.steps_per_epoch))
-
-    # Network, optimizer, state, and the two programs
-    schedule = optim.learning_rate_schedule(
-        config.optim, total_steps=total_steps, steps_per_epoch=train.steps_per_epoch, batch_size=config.batch_size
-    )
-    learning_rate = jax.jit(schedule)  # for the log; operation by operation it would compile ten programs
-    network, optimizer, state = fresh_state(config, schedule)
-    state = parallel.replicate(state, mesh)
-    objective = Objective(
-        network.clone(axis_name=parallel.AXIS),
-        train.view,
-        config.seed,
-        train.mix,
-        label_smoothing=config.label_smoothing,
-        aux_weight=config.aux_weight,
-    )
-    step_function = functools.partial(
-        train_step, objective=objective, optimizer=optimizer, ema_decay=config.ema.decay, ema_warmup=config.ema.warmup
-    )
-    report.say(f"{config.model.name} on {data.name}, {mesh.size} {jax.devices()[0].device_kind}: {workdir}")
-    stop = interrupt.StopRequest()
-    with report.busy("compiling"):
-        update = parallel.map_over_devices(interrupt.agree(step_function), mesh, batch_axis=1, outputs=2, donate=True)
-        update = update.lower(state, stop.add(train.batch(first_step), mesh, batch_axis=1), train.store).compile()
-        evaluator = make_evaluator(network, test, state, stop)
-
-    # Run directory: nothing is written before everything above has been accepted
-    runlog.check_data(workdir, data)
-    runlog.claim(workdir, config)
     with contextlib.ExitStack() as stack:
+        # Data and devices
+        mesh = parallel.data_mesh()
+        data = feed.load_data(config)
+        train = stack.enter_context(contextlib.closing(feed.TrainFeed(data, config, mesh)))
+        test = stack.enter_context(contextlib.closing(feed.TestFeed(data, config, mesh)))
+        total_steps = round(optim.duration(config, "total", train.steps_per_epoch))
+        if total_steps < 1:
+            raise errors.UsageError(
+                f"total_epochs={config.total_epochs}, total_steps={config.total_steps}: expected 1 step or more"
+            )
+        evaluate_every = max(1, round(config.evaluate.every_epochs * train.steps_per_epoch))
+
+        # Network, optimizer, state, and the two programs
+        schedule = optim.learning_rate_schedule(
+            config.optim, total_steps=total_steps, steps_per_epoch=train.steps_per_epoch, batch_size=config.batch_size
+        )
+        learning_rate = jax.jit(schedule)  # for the log; operation by operation it would compile ten programs
+        network, optimizer, state = fresh_state(config, schedule)
+        state = parallel.replicate(state, mesh)
+        objective = Objective(
+            network.clone(axis_name=parallel.AXIS),
+            train.view,
+            config.seed,
+            train.mix,
+            label_smoothing=config.label_smoothing,
+            aux_weight=config.aux_weight,
+        )
+        step_function = functools.partial(
+            train_step, objective=objective, optimizer=optimizer, ema_decay=config.ema.decay, ema_warmup=config.ema.warmup
+        )
+        report.say(f"{config.model.name} on {data.name}, {mesh.size} {jax.devices()[0].device_kind}: {workdir}")
+        stop = interrupt.StopRequest()
+        with report.busy("compiling"):
+            update = parallel.map_over_devices(interrupt.agree(step_function), mesh, batch_axis=1, outputs=2, donate=True)
+            update = update.lower(state, stop.add(train.batch(first_step), mesh, batch_axis=1), train.store).compile()
+            evaluator = make_evaluator(network, test, state, stop)
+
+        # Run directory: nothing is written before everything above has been accepted
+        runlog.check_data(workdir, data)
+        runlog.claim(workdir, config)
         stack.enter_context(stop)  # left last: a save that is under way is awaited inside it
         stack.enter_context(checkpoint.resumable(workdir))
         stack.enter_context(runlog.exclusive(workdir))
@@ -146,7 +147,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             evaluates = step % evaluate_every == 0 or step == total_steps
             if evaluates or step % config.log.every_steps == 0:
                 line = average(pending) | {"learning_rate": float(learning_rate(step - 1))}
-                timing = clock.restart()
+                timing = clock.restart() | train.counts
                 log.write(step, epoch, line, timing)
                 pending = []
             metrics = evaluate_and_save(step, state) if evaluates else {}
@@ -211,13 +212,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
     parser.add_argument("--workdir", metavar="DIR", help="default: runs/CONFIG-NAME")
     arguments, rest = parser.parse_known_args(argv)
-    overrides = {}
-    for argument in rest:
-        key, equals, value = argument.removeprefix("--config.").partition("=")
-        if not argument.startswith("--config.") or not equals:
-            raise errors.UsageError(f"argument {argument!r}: expected --config=, --workdir= or --config.KEY=VALUE")
-        overrides[key] = value
-    config = configs.load_config(arguments.config, overrides)
+    config = configs.load_config(arguments.config, configs.read_overrides(rest, "--config=, --workdir="))
     with interrupt.Guard(), processes.session():
         run_training(config, arguments.workdir or default_workdir(arguments.config))
 

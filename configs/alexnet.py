@@ -1,13 +1,13 @@
 """AlexNet (one column) on ImageNet, by the recipe of the paper of 2012. Krizhevsky et al. 2012, section 5,
 https://papers.nips.cc/paper/4824.
 
-    python -m cnnfamily.train --config=configs/alexnet.py          # ImageNet; needs a source that is not read yet
+    python -m cnnfamily.train --config=configs/alexnet.py          # ImageNet, once it is prepared (README)
     python -m cnnfamily.train --config=configs/alexnet.py:digits   # the embedded digits at 68 pixels
     python -m cnnfamily.train --config=configs/alexnet.py:smoke    # a shrunken network, seconds
 
 Torchvision's weights have 56.5 % top-1, the paper's network (`alexnet_2012`) 59.3 %. The paper divides the learning rate by 10
 when the validation error stops falling, three times in about 90 epochs; here at fixed epochs, of our choice. What is not here
-of it: random crops of 256 pixels, the lighting by principal components, and weight decay of biases.
+of it: the test on ten crops, and weight decay of biases.
 """
 
 from ml_collections import ConfigDict
@@ -26,12 +26,8 @@ def make(name: str, arg: str) -> ConfigDict:
         {
             "batch_size": 128,
             "total_epochs": 90.0,
-            "data": {
-                "source": "tfds:imagenet2012",
-                "mean": (0.485, 0.456, 0.406),
-                "std": (0.229, 0.224, 0.225),
-            },
-            "augment": {"flip": True},
+            "data": default.IMAGENET,
+            "augment": {"crop_shorter": (256, 256), "flip": True, "light": 0.1},
             "optim": {
                 "name": "sgd",
                 "learning_rate": 0.01,

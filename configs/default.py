@@ -15,6 +15,19 @@ from ml_collections import ConfigDict
 from cnnfamily.errors import unknown
 from cnnfamily.models import model_config
 
+# `data` of the recipes for ImageNet
+IMAGENET = {
+    "source": "tfds:imagenet2012",
+    "fit": "crop",
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+}
+# `augment` without any change of the images that it could make
+AS_IT_IS = {
+    **{"crop_padding": 0, "shift": 0, "flip": False, "policy": "", "jitter": 0.0, "light": 0.0},
+    **{"erasing": 0.0, "cutout_side": 0, "mixup": 0.0, "cutmix": 0.0},
+}
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """The defaults for the network named by `arg`, EfficientNet-B0 without; or that in its `digits` or `smoke` form."""
@@ -33,17 +46,37 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model = model_config(model)  # `name`, and every field of that network
 
     config.data = ConfigDict()
-    config.data.source = "digits"  # digits, npz:PATH, idx:DIR or fake
+    config.data.source = "digits"  # digits, npz:PATH, idx:DIR, tfds:NAME, folder:PATH or fake
+    config.data.dir = ""  # where tfds: looks (else TFDS_DATA_DIR, else ~/tensorflow_datasets), and folder: for relative paths
     config.data.resolution = 0  # side of the images in pixels; 0: the network's own (model.resolution)
-    config.data.fit = "resize"  # or "pad": put the image in the middle of black, as LeNet-5's paper does
+    # "pad" puts images in the middle of black, as LeNet-5's paper does; "crop" is for photographs, decoded when needed: a
+    # random part in training (augment.crop_*), the middle in evaluation.
+    config.data.fit = "resize"  # whole images made square
+    config.data.resize = 0  # crop: the shorter side in evaluation, before the middle is cut; 0: 8/7 of the resolution
+    config.data.interpolation = "bilinear"  # crop: or bicubic
+    config.data.test_share = 0.2  # of a folder without train and val, by a permutation from split_seed
+    config.data.split_seed = 0  # not the run's seed: runs of other seeds compare on the same images
+    config.data.workers = -1  # threads that decode photographs; 0: none; -1: as many as cores
+    config.data.prefetch = 2  # batches of photographs made ahead
+    config.data.bad_images = "stop"  # or "replace": by the next good one, with a warning
     config.data.mean = ()  # of pixels scaled to 0..1, one number a channel; (): measured on the training images
     config.data.std = ()
     config.data.device_megabytes = 2048  # a split up to this size is kept on each device, a larger one is sent in batches
 
     config.augment = ConfigDict()  # changes of training images, made on the device; 0 or False: none
+    config.augment.crop_scale = (0.08, 1.0)  # data.fit="crop": share of the area that a random part has, on the host
+    config.augment.crop_ratio = (3 / 4, 4 / 3)  # and its width over its height
+    config.augment.crop_shorter = ()  # instead: shorter side drawn between two numbers of pixels, then a square cut out
     config.augment.crop_padding = 0  # pixels of black on each side before a random crop back to size
     config.augment.shift = 0  # pixels of random shift, filled with the image's edge
     config.augment.flip = False  # left and right, with probability 1/2
+    config.augment.policy = ""  # autoaugment, autoaugment_cifar10, randaugment or trivialaugment; "": none
+    config.augment.policy_count = 2  # randaugment: operations one after another
+    config.augment.policy_magnitude = 9  # randaugment: 0 to 30
+    config.augment.jitter = 0.0  # brightness, contrast and saturation by 1 +- this
+    config.augment.light = 0.0  # AlexNet's colour noise; 0.1 in the paper
+    config.augment.erasing = 0.0  # probability of a box of zeros
+    config.augment.cutout_side = 0  # pixels of a square of zeros
     config.augment.mixup = 0.0  # alpha of mixup, 0.2 for example; with cutmix as well, a coin for each image decides
     config.augment.cutmix = 0.0  # alpha of cutmix, 1.0 for example
     config.augment.mix_group = 16  # partners are found among so many neighbours in the batch
@@ -109,7 +142,7 @@ def digits(config: ConfigDict, *, epochs: float) -> None:
             "label_smoothing": 0.1,
             "model": {"num_classes": 10},
             "data": {"source": "digits", "resolution": 32, "fit": "resize", "mean": (), "std": ()},
-            "augment": {"crop_padding": 0, "shift": 3, "flip": False, "mixup": 0.0, "cutmix": 0.0},
+            "augment": AS_IT_IS | {"shift": 3},
             "optim": {
                 "name": "adamw",
                 "learning_rate": 2e-3,
@@ -156,7 +189,7 @@ def smoke(config: ConfigDict) -> None:
             "total_epochs": 1.0,
             "total_steps": 0,
             "model": {"num_classes": 10},
-            "data": {"source": "fake:n=64,size=32,channels=3,classes=10", "resolution": 32},
+            "data": {"source": "fake:n=64,size=32,channels=3,classes=10", "resolution": 32, "fit": "resize"},
             "optim": {"warmup_epochs": min(0.5, config.optim.warmup_epochs), "warmup_steps": min(2, config.optim.warmup_steps)},
             "evaluate": {"every_epochs": 0.5},
         }

@@ -2,11 +2,11 @@
 the zero-initialised last scales of Goyal et al. 2017, https://arxiv.org/abs/1706.02677; its warm-up is as long as theirs, but
 from 0.
 
-    python -m cnnfamily.train --config=configs/resnet50_imagenet.py          # ImageNet; needs a source that is not read yet
+    python -m cnnfamily.train --config=configs/resnet50_imagenet.py          # ImageNet, once it is prepared (README)
     python -m cnnfamily.train --config=configs/resnet50_imagenet.py:digits   # the embedded digits at 32 pixels
     python -m cnnfamily.train --config=configs/resnet50_imagenet.py:smoke    # a shrunken network, seconds
 
-Torchvision's first weights, of a recipe close to this, have 76.13 % top-1. What is not here of it: random-resized crops. The
+Torchvision's first weights, of a recipe close to this, have 76.13 % top-1. The
 forms of the paper without files of their own, with the stride on the first convolution and without shortcuts, train with
 `--config.model.name=resnet50_v1` or `plain34`.
 """
@@ -28,11 +28,7 @@ def make(name: str, arg: str) -> ConfigDict:
             "batch_size": 1024,
             "total_epochs": 90.0,
             "model": {"zero_init_last": True, "norm_group": 32},
-            "data": {
-                "source": "tfds:imagenet2012",
-                "mean": (0.485, 0.456, 0.406),
-                "std": (0.229, 0.224, 0.225),
-            },
+            "data": default.IMAGENET,
             "augment": {"flip": True},
             "optim": {
                 "name": "sgd",

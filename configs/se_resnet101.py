@@ -2,7 +2,7 @@
 
 python -m cnnfamily.train --config=configs/se_resnet101.py:digits   # the embedded digits
 python -m cnnfamily.train --config=configs/se_resnet101.py:smoke    # a shrunken network, seconds
-python -m cnnfamily.train --config=configs/se_resnet101.py          # ImageNet; needs a source that is not read yet
+python -m cnnfamily.train --config=configs/se_resnet101.py          # ImageNet, once it is prepared (README)
 """
 
 from ml_collections import ConfigDict

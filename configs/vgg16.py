@@ -1,13 +1,13 @@
 """VGG-16 on ImageNet. Simonyan and Zisserman 2014, https://arxiv.org/abs/1409.1556, section 3.1.
 
-    python -m cnnfamily.train --config=configs/vgg16.py          # ImageNet; needs a source that is not read yet
+    python -m cnnfamily.train --config=configs/vgg16.py          # ImageNet, once it is prepared (README)
     python -m cnnfamily.train --config=configs/vgg16.py:digits   # the embedded digits at 32 pixels
     python -m cnnfamily.train --config=configs/vgg16.py:smoke    # a shrunken network, seconds
 
 Torchvision's weights have 71.6 % top-1, the paper 73.0 % with dense evaluation. The paper divides the learning rate by 10 when
 the validation accuracy stops rising, three times in 74 epochs; here at fixed epochs, of our choice. It starts the deeper
 networks from a trained shallow one, as was needed before He et al. 2015, whose initial values these have. What is not here of
-it: random crops of rescaled images, the colour shift, and weight decay of biases.
+it: the test at several scales, and weight decay of biases.
 """
 
 from ml_collections import ConfigDict
@@ -26,12 +26,8 @@ def make(name: str, arg: str) -> ConfigDict:
         {
             "batch_size": 256,
             "total_epochs": 74.0,
-            "data": {
-                "source": "tfds:imagenet2012",
-                "mean": (0.485, 0.456, 0.406),
-                "std": (0.229, 0.224, 0.225),
-            },
-            "augment": {"flip": True},
+            "data": default.IMAGENET,
+            "augment": {"crop_shorter": (256, 512), "flip": True, "light": 0.1},
             "optim": {
                 "name": "sgd",
                 "learning_rate": 0.01,

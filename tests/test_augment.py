@@ -6,9 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image, ImageEnhance
 from scipy import special
 
-from cnnfamily.data.augment import augment, beta_quantile, mix, normalize, random_crop, random_flip, random_shift
+from cnnfamily.data.augment import (
+    augment,
+    beta_quantile,
+    color_jitter,
+    cutout,
+    erase,
+    lighting,
+    mix,
+    normalize,
+    random_crop,
+    random_erase,
+    random_flip,
+    random_shift,
+)
 from cnnfamily.errors import UsageError
 
 compiled_augment = jax.jit(augment, static_argnames=("crop_padding", "shift", "flip"))
@@ -199,3 +213,100 @@ def test_mixing_belongs_to_positions(alphas):
 def test_mixing_groups_must_divide_the_examples(group):
     with pytest.raises(UsageError, match=f"augment.mix_group={group} does not divide the 32 examples"):
         mixed(mixup=0.4, group=group)
+
+
+# Colours and boxes
+
+
+def test_color_jitter_is_pillows_enhancements_in_a_random_order():
+    rng = np.random.default_rng(3)
+    image = rng.integers(0, 256, (12, 9, 3), np.uint8)
+    firsts = set()
+    for key in jax.random.split(jax.random.key(0), 12):
+        found = np.asarray(color_jitter(key, image, 0.4))
+        order, amount = jax.random.split(key)
+        names = [("Brightness", "Contrast", "Color")[i] for i in jax.random.permutation(order, 3)]
+        picture = Image.fromarray(image)
+        firsts.add(names[0])
+        factors = 1 + np.asarray(jax.random.uniform(amount, (3,), jnp.float32, -0.4, 0.4))
+        for name in names:
+            factor = factors[("Brightness", "Contrast", "Color").index(name)]
+            assert 0.6 <= factor <= 1.4
+            picture = getattr(ImageEnhance, name)(picture).enhance(float(factor))
+        assert np.abs(found.astype(int) - np.asarray(picture)).max() <= 3  # one of rounding in each
+    assert len(firsts) == 3
+
+
+def test_lighting_adds_one_color_along_the_principal_components():
+    image = jnp.asarray(np.random.default_rng(0).uniform(0, 255, (4, 5, 3)), jnp.float32)
+    keys = jax.random.split(jax.random.key(1), 4000)
+    added = np.asarray(jax.vmap(lambda key: lighting(key, image, 0.1) - image)(keys))
+    np.testing.assert_allclose(added, np.broadcast_to(added[:, :1, :1], added.shape), atol=1e-4)
+    colors = added[:, 0, 0] / 255
+    assert np.abs(colors.mean(0)).max() < 0.002
+    values, vectors = np.linalg.eigh(np.cov(colors.T))
+    np.testing.assert_allclose(values[::-1] ** 0.5, 0.1 * np.array([0.2175, 0.0188, 0.0045]), rtol=0.05)
+    assert abs(vectors[:, -1] @ np.array([0.5675, 0.5808, 0.5836])) == pytest.approx(1, abs=1e-3)
+
+
+def test_erasing_leaves_a_box_of_zeros_of_the_shapes_asked_for():
+    image = jnp.ones((40, 60, 1))
+    erased = jax.jit(jax.vmap(lambda key: random_erase(key, image, 0.25)))
+    boxes = np.asarray(erased(jax.random.split(jax.random.key(0), 8000)))[..., 0] == 0
+    hit = boxes.any(axis=(1, 2))
+    assert abs(hit.mean() - 0.25) < 0.015
+    tall, wide = boxes[hit].any(2).sum(1), boxes[hit].any(1).sum(1)
+    np.testing.assert_array_equal(boxes[hit].sum(axis=(1, 2)), tall * wide)  # whole boxes
+    share, ratio = tall * wide / 2400, tall / wide
+    assert share.min() > 0.015
+    assert share.max() < 0.345
+    assert abs(share.mean() - 0.175) < 0.02
+    assert 0.25 < ratio.min() < 0.4
+    assert 2.5 < ratio.max() < 3.8
+    assert boxes[hit][:, 0].any()
+    assert boxes[hit][:, -1].any()
+
+
+def test_cutout_is_a_square_cut_by_the_edges():
+    image = jnp.ones((10, 12, 3))
+    boxes = np.asarray(jax.vmap(lambda key: cutout(key, image, 4))(jax.random.split(jax.random.key(0), 3000))) == 0
+    assert (boxes == boxes[..., :1]).all()
+    found = {(int(a), int(b)) for a, b in zip(boxes[..., 0].any(2).sum(1), boxes[..., 0].any(1).sum(1), strict=True)}
+    assert found == {(a, b) for a in (2, 3, 4) for b in (2, 3, 4)}
+    inside = boxes[:, 5, 6, 0].mean()
+    assert inside == pytest.approx(16 / 120, abs=0.02)
+
+
+def test_one_augmentation_does_not_change_the_choices_of_another():
+    keys = jax.random.split(jax.random.key(0), 6)
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8))
+    flipped = np.asarray(augment(keys, images, flip=True))
+    both = np.asarray(augment(keys, images, flip=True, light=1e-9))
+    np.testing.assert_allclose(both, flipped, atol=1e-3)
+    erased = np.asarray(erase(keys, jnp.ones((6, 16, 16, 3)), cutout_side=4))
+    together = np.asarray(erase(keys, jnp.ones((6, 16, 16, 3)), cutout_side=4, erasing=0.5))
+    assert (together[erased == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"policy": "autoaugmnt"}, "unknown augment.policy 'autoaugmnt'; did you mean 'autoaugment'?"),
+        ({"policy_magnitude": 31}, "policy_magnitude=31; expected 1 or more, and 0 to 30"),
+        ({"policy_count": 0}, "augment.policy_count=0"),
+        ({"jitter": 1.5}, "augment.jitter=1.5; expected 0 (off) to 1"),
+        ({"light": 0.1}, "augment.light=0.1 and images of 1 channel(s); expected 3, RGB"),
+    ],
+)
+def test_augmentations_that_cannot_be(fields, expected):
+    with pytest.raises(UsageError) as error:
+        augment(jax.random.split(jax.random.key(0), 2), jnp.zeros((2, 8, 8, 1), jnp.uint8), **fields)
+    assert expected in str(error.value)
+
+
+def test_boxes_that_cannot_be():
+    keys, images = jax.random.split(jax.random.key(0), 2), jnp.zeros((2, 8, 8, 1))
+    with pytest.raises(UsageError, match=r"augment\.cutout_side=17; expected at most twice the side of the images, 8"):
+        erase(keys, images, cutout_side=17)
+    with pytest.raises(UsageError, match=r"augment\.erasing=1\.5; expected a probability"):
+        erase(keys, images, erasing=1.5)

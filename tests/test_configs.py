@@ -7,6 +7,7 @@ import pytest
 
 from cnnfamily import config as configs
 from cnnfamily import models, optim
+from cnnfamily.data import feed
 from cnnfamily.errors import UsageError
 
 FILES = sorted(path for path in (configs.REPOSITORY / "configs").glob("*.py") if path.stem != "default")
@@ -145,6 +146,40 @@ def test_stochastic_depth_has_the_settings_of_its_code():
     assert (config.model.stochastic_depth, config.model.stochastic_depth_schedule) == (0.5, "l/L")
     assert (config.model.stochastic_depth_form, config.model.stochastic_depth_scaling) == ("batch", "test")
     assert (config.total_epochs, config.optim.boundaries_epochs, config.optim.nesterov) == (500.0, (250.0, 375.0), True)
+
+
+# Family, what is cut from an image, interpolation, and what changes it, with the place that says so.
+CHANGES = {
+    "alexnet": ((256, 256), "bilinear", {"light": 0.1}),  # Krizhevsky et al. 2012, section 4.1
+    "alexnet_2012": ((256, 256), "bilinear", {"light": 0.1}),
+    "vgg11": ((256, 512), "bilinear", {"light": 0.1}),  # Simonyan and Zisserman 2014, section 3.1.1
+    "vgg19_bn": ((256, 512), "bilinear", {"light": 0.1}),
+    "googlenet": ((0.08, 1.0), "bilinear", {"jitter": 0.4}),  # Szegedy et al. 2014, section 6; the amount is ours
+    "resnet50_imagenet": ((0.08, 1.0), "bilinear", {}),  # Goyal et al. 2017, section 5.1
+    "resnext101_64x4d": ((0.08, 1.0), "bilinear", {}),
+    "se_resnet50": ((0.08, 1.0), "bilinear", {}),  # Hu et al. 2018, section 5: "standard practices"
+    "mobilenet_v1": ((0.08, 1.0), "bilinear", {"jitter": 0.4}),  # slim's inception_preprocessing; the amount is ours
+    "mobilenet_v2": ((0.08, 1.0), "bilinear", {"jitter": 0.4}),
+    # torchvision's references/classification: --auto-augment imagenet --random-erase 0.2
+    "mobilenet_v3_large": ((0.08, 1.0), "bilinear", {"policy": "autoaugment", "erasing": 0.2}),
+    "mobilenet_v3_small": ((0.08, 1.0), "bilinear", {"policy": "autoaugment", "erasing": 0.2}),
+    # Tan and Le 2019, section 5.2; bicubic in the authors' preprocessing.py
+    "efficientnet_b0": ((0.08, 1.0), "bicubic", {"policy": "autoaugment"}),
+    "efficientnet_b7": ((0.08, 1.0), "bicubic", {"policy": "autoaugment"}),
+}
+
+
+@pytest.mark.parametrize("file", CHANGES)
+def test_images_are_changed_as_the_papers_say(file):
+    part, interpolation, changes = CHANGES[file]
+    config = configs.load_config(f"configs/{file}.py")
+    crop = feed.training_crop(config)
+    assert part == (crop.shorter if config.augment.crop_shorter else crop.scale)
+    assert config.augment.crop_shorter or crop.ratio == (3 / 4, 4 / 3)
+    assert crop.resolution == config.model.resolution
+    assert (config.data.fit, crop.interpolation) == ("crop", interpolation)
+    names = ("crop_padding", "shift", "flip", "policy", "jitter", "light", "erasing", "cutout_side", "mixup", "cutmix")
+    assert {name: config.augment[name] for name in names if config.augment[name]} == {"flip": True} | changes
 
 
 IMAGENET = 1_281_167

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export, lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from cnnfamily.models.convolution import convolution
 
@@ -191,6 +191,15 @@ def test_shard_map_sums_the_kernel_gradient_over_devices(kind, check_vma):
     found = jax.jit(jax.shard_map(gradients, mesh=mesh, **specs))(images, kernel)
     expected = jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(ours(*x))), (0, 1)))(images, kernel)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13), found, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_that_lie_on_several_devices_need_no_jit(kind):
+    """As a batch of a feed does in a notebook."""
+    ours, (images, kernel) = of_kind(kind, batch=8)
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
+    placed = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
+    np.testing.assert_allclose(ours(placed, kernel), ours(images, kernel), rtol=1e-12, atol=1e-13)
 
 
 def all_products(kind, images, kernel):

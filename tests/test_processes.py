@@ -19,6 +19,7 @@ import optax
 import pytest
 import recorded
 from conftest import LENET, QUICK, SHORT, mesh_of, short_config
+from test_photographs import folder  # noqa: F401  (a fixture)
 from test_step import batch_of, small_network, twenty_steps, update_of
 from test_train import NO_CACHE, assert_equal_states, final_state, lines_without_timing
 
@@ -120,6 +121,21 @@ def test_two_processes_are_one_with_two_devices(finished, start, tmp_path, monke
     assert [row["step"] for row in lines_without_timing(tmp_path / "eight")] == [row["step"] for row in lines]
     sessions = runlog.read_manifest(tmp_path / "eight")["sessions"]
     assert [session["devices"]["count"] for session in sessions] == [2, 8]
+
+
+@pytest.mark.full
+def test_two_processes_share_the_decoding_of_photographs(folder, start, tmp_path, monkeypatch):  # noqa: F811
+    """Each decodes what its own devices get, and together they are one process with two devices."""
+    given = {"data.source": f"folder:{folder}", "data.fit": "crop", "model.in_channels": 3, "model.num_classes": 3}
+    given |= {"batch_size": 8, "optim.warmup_epochs": 0.0, "evaluate.batch_size": 4}
+    ours = ends(start(2, "-m", "cnnfamily.train", *arguments(tmp_path / "two", **given)))
+    assert [(status, said(err)) for status, _, err in ours] == [(0, []), (0, [])]
+    monkeypatch.setattr(parallel, "data_mesh", lambda: mesh_of(2))
+    overrides = {key.replace(".", "__"): value for key, value in given.items()}
+    train.run_training(short_config(ema__decay=0.95, **overrides), tmp_path / "one", quiet=True)
+    assert_equal_states(final_state(tmp_path / "two"), final_state(tmp_path / "one"))
+    lines = [lines_without_timing(tmp_path / name) for name in ("two", "one")]
+    assert lines[0] == [pytest.approx(line, rel=1e-6) for line in lines[1]]
 
 
 @pytest.mark.parametrize("at", [44, 88])

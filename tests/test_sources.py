@@ -237,12 +237,9 @@ def test_fake_spec():
     assert "'n=many'" in message("fake:n=many")
 
 
-def test_sources_that_are_not_read():
-    for source in ("tfds:cifar10", "folder:photos"):
-        text = message(source)
-        assert f"{source!r} is not read by this version; it reads digits, npz:PATH, idx:DIR, fake" in text
-        assert "`--config=...:digits` trains now" in text
-    assert "unknown data source 'digit'; did you mean 'digits'? known: digits, npz, idx, fake" in message("digit")
+def test_sources_that_do_not_exist():
+    assert "unknown data source 'digit'; did you mean 'digits'? known: digits, npz, idx, tfds, folder, fake" in message("digit")
+    assert message("tfds:") == "data source is 'tfds:'; expected tfds:NAME"
     assert message("npz") == "data source is 'npz'; expected npz:PATH"
     assert message("idx:") == "data source is 'idx:'; expected idx:DIR"
     assert message("digits:8") == "data source is 'digits:8'; expected digits"
@@ -303,7 +300,8 @@ def test_channels(resolution):
 
 def test_fits_that_are_refused():
     assert "images of 8x8 pixels cannot be padded to data.resolution=6" in message("digits", resolution=6, fit="pad")
-    assert "unknown data.fit 'crop'" in message("digits", fit="crop")
+    assert "unknown data.fit 'crp'; did you mean 'crop'?" in message("digits", fit="crp")
+    assert "data.fit is 'crop' and data.source 'digits'; expected 'resize' or 'pad'" in message("digits", fit="crop")
     assert "model.in_channels is 2; expected 1 (grey) or 3 (RGB)" in message("digits", channels=2)
     assert "data.resolution is 0; expected at least 1" in message("digits", resolution=0)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cnnfamily.errors import UsageError, unknown
 
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Preprocessing:
         image = _as_rgb(image)
         width, height = resized_size(image.size, self.resize)
         left, top = crop_corner((width, height), self.crop)
-        image = image.resize((width, height), _FILTERS[self.interpolation])
+        image = image.resize((width, height), FILTERS[self.interpolation])
         pixels = np.asarray(image.crop((left, top, left + self.crop, top + self.crop)), np.float32)
         return (pixels / np.float32(255) - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 

@@ -106,10 +106,12 @@ def _vary_alike(images: Array, kernel: Array) -> tuple[Array, Array]:
 
     A product with the other's 1 does so by public means on every JAX version, and XLA folds it.
     """
-    return (
-        images * jnp.ones_like(kernel, images.dtype, ()),
-        kernel * jnp.ones_like(images, kernel.dtype, ()),
-    )
+
+    def one_of(x, dtype):
+        # Of an array that is not traced, ones_like would take over the sharding, which a scalar cannot have.
+        return jnp.ones_like(x, dtype, ()) if isinstance(x, jax.core.Tracer) else jnp.ones((), dtype)
+
+    return images * one_of(kernel, images.dtype), kernel * one_of(images, kernel.dtype)
 
 
 def _plain_output(images: Array, kernel: Array, geometry: Geometry) -> Array:

@@ -1,0 +1,113 @@
+"""Images a second from JPEG files of 500 x 375 pixels to random crops of 224, beside the bare decoder doing the same.
+
+    python experiments/speed/decoding.py [--rounds=7] [--images=256]
+
+The files are scikit-learn's two photographs, cut in pieces of 500 x 375 at different places and saved with quality 93, on
+disk. In turn, with one and two threads: the bare loop (read, decode with simplejpeg, crop and resize with Pillow), the same
+with Pillow's decoder, and a training batch of `folder:` through `TrainFeed`, which also draws the crops, sorts, copies and puts
+the batch on the device. Prints a Markdown table; seconds are those of the wall, rates are per thread.
+"""
+
+import argparse
+import concurrent.futures
+import io
+import os
+import platform
+import statistics
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from cnnfamily import config as configs
+from cnnfamily import parallel
+from cnnfamily.data import feed
+from cnnfamily.data.decoding import crop_box
+
+
+def write_files(root: Path, count: int) -> list[Path]:
+    from sklearn.datasets import load_sample_images
+
+    rng, paths = np.random.default_rng(0), []
+    photographs = load_sample_images().images
+    for i in range(count):
+        whole = Image.fromarray(photographs[i % 2])  # 640 x 427
+        left, top = rng.integers(whole.width - 500 + 1), rng.integers(whole.height - 375 + 1)
+        path = root / ("train" if i < count - 2 else "val") / "ab"[i % 2] / f"{i:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole.crop((left, top, left + 500, top + 375)).save(path, quality=93)
+        paths.append(path)
+    return paths[:-2]
+
+
+def bare(paths: list[Path], decode, threads: int) -> None:
+    boxes = [crop_box(np.random.default_rng(i), (500, 375), (0.08, 1.0), (3 / 4, 4 / 3)) for i in range(len(paths))]
+
+    def one(i: int) -> np.ndarray:
+        picture = decode(paths[i].read_bytes())
+        return np.asarray(picture.crop(boxes[i]).resize((224, 224), Image.Resampling.BILINEAR))
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        list(pool.map(one, range(len(paths))))
+
+
+def with_pillow(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def with_simplejpeg(data: bytes) -> Image.Image:
+    return Image.fromarray(simplejpeg.decode_jpeg(data))
+
+
+def measure(rounds: int, count: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_files(Path(folder), count + 2)
+        sizes = statistics.mean(path.stat().st_size for path in paths)
+        print(f"{len(paths)} files of {sizes / 1000:.0f} kB; {rounds} rounds in turn, medians (smallest to largest)")
+        packages = ("simplejpeg", "pillow", "jax", "numpy")
+        print(
+            f"{os.cpu_count()} cores; Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in packages)
+        )
+        print("\n| threads | what | images/s a thread | share of the bare decoder |\n|---|---|---|---|")
+        for threads in (1, 2):
+            overrides = {
+                "data.source": f"folder:{folder}",
+                "data.workers": threads,
+                "data.prefetch": 0,
+                "batch_size": len(paths),
+                "model.num_classes": 2,
+            }
+            config = configs.load_config("configs/resnet50_imagenet.py", overrides)
+            train = feed.TrainFeed(feed.load_data(config), config, parallel.local_mesh())
+            step = iter(range(10**6))
+            ways = {
+                "bare, simplejpeg": lambda threads=threads: bare(paths, with_simplejpeg, threads),
+                "bare, Pillow": lambda threads=threads: bare(paths, with_pillow, threads),
+                "`TrainFeed`": lambda train=train, step=step: train.make_batch(next(step))["images"].block_until_ready(),
+            }
+            rates = {name: [] for name in ways}
+            for i in range(rounds + 1):  # the first one warms up
+                for name, way in ways.items():
+                    start = time.perf_counter()
+                    way()
+                    if i:
+                        rates[name].append(len(paths) / threads / (time.perf_counter() - start))
+            train.close()
+            for name, found in rates.items():
+                shares = [one / other for one, other in zip(found, rates["bare, simplejpeg"], strict=True)]
+                share = f"{statistics.median(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})"
+                print(
+                    f"| {threads} | {name} | {statistics.median(found):.0f} ({min(found):.0f} to {max(found):.0f}) | {share} |"
+                )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=int, default=256)
+    arguments = parser.parse_args()
+    measure(arguments.rounds, arguments.images)
