@@ -5,11 +5,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from ml_collections import ConfigDict
 
 from cnnfamily.errors import UsageError, unknown
 
-OPTIMIZERS = ("sgd", "rmsprop", "adamw")
+OPTIMIZERS = ("sgd", "rmsprop", "adamw", "lamb", "muon")
 SCHEDULES = ("constant", "cosine", "steps", "exponential", "linear")
 
 
@@ -74,18 +75,36 @@ def decayed(params) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
+def as_matrices(params):
+    """How Muon sees each kernel: taps and input channels by output channels. None for what is none of its matrices.
+
+    Those are all other parameters, the classifier, as in Muon's own code, and depthwise kernels, whose channels have nothing to
+    do with each other.
+    """
+
+    def of_leaf(path, leaf):
+        names = [step.key for step in path]
+        if names[-1] != "kernel" or "classifier" in names or leaf.ndim < 2 or (leaf.ndim == 4 and leaf.shape[2] == 1):
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
 def make_optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTransformation:
     """The optimizer of `config.optim` with clipping first and weight decay on kernels alone.
 
     `sgd` and `rmsprop` add weight_decay * w to the gradient; `adamw` decays the weights themselves (Loshchilov and Hutter 2019,
     https://arxiv.org/abs/1711.05101).
     `rmsprop` is that of the EfficientNet code: epsilon inside the root, mean square starting at 1, momentum after the
+    learning rate. `lamb` is You et al. 2020, https://arxiv.org/abs/1904.00962. `muon` is that of Keller Jordan,
+    https://kellerjordan.github.io/posts/muon, for kernels (see `as_matrices`); all else has AdamW at `adam_factor` times its
     learning rate.
     """
     if config.name not in OPTIMIZERS:
         raise unknown("optimizer", config.name, OPTIMIZERS)
     chain = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    if config.name != "adamw" and config.weight_decay:
+    if config.name in ("sgd", "rmsprop") and config.weight_decay:
         chain.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     if config.name == "sgd":
         chain.append(optax.sgd(schedule, momentum=config.momentum or None, nesterov=config.nesterov))
@@ -100,15 +119,22 @@ def make_optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTran
                 momentum=config.momentum or None,
             )
         )
-    else:
+    elif config.name == "muon":
         chain.append(
-            optax.adamw(
+            optax.contrib.muon(
                 schedule,
-                config.momentum,
-                config.beta2,
-                eps=config.epsilon,
+                beta=config.momentum,
+                nesterov=config.nesterov,
                 weight_decay=config.weight_decay,
-                mask=decayed,
+                weight_decay_mask=decayed,
+                adam_b2=config.beta2,
+                eps=config.epsilon,
+                adam_learning_rate=lambda step: config.adam_factor * schedule(step),
+                muon_weight_dimension_numbers=as_matrices,
             )
         )
+    else:
+        make = optax.adamw if config.name == "adamw" else optax.lamb
+        fields = {"eps": config.epsilon, "weight_decay": config.weight_decay, "mask": decayed}
+        chain.append(make(schedule, config.momentum, config.beta2, **fields))
     return optax.chain(*chain)

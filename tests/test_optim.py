@@ -183,6 +183,76 @@ def test_adamw(x64):
     assert_same(found, expected)
 
 
+def test_lamb(x64):
+    """Adam's step with decay, brought to the length of the weights, each array by itself; `trust` 1 where either is 0."""
+
+    def rule_of(decay):
+        def rule(memory, step, w, g):
+            memory["m"] = 0.9 * memory.get("m", 0) + 0.1 * g
+            memory["v"] = 0.99 * memory.get("v", 0) + 0.01 * g**2
+            m, v = memory["m"] / (1 - 0.9 ** (step + 1)), memory["v"] / (1 - 0.99 ** (step + 1))
+            update = m / (np.sqrt(v) + 1e-6) + decay * w
+            return w - RATES[step] * np.linalg.norm(w) / np.linalg.norm(update) * update
+
+        return rule
+
+    with jax.numpy_dtype_promotion("standard"):
+        found = run_optimizer(name="lamb", momentum=0.9, beta2=0.99, epsilon=1e-6, weight_decay=0.05)
+    expected = {"kernel": run_formula(rule_of(0.05))["kernel"], "bias": run_formula(rule_of(0.0))["bias"]}
+    assert_same(found, expected)
+
+
+def test_muon_makes_kernels_orthogonal_and_has_adam_for_the_rest(x64):
+    rng = np.random.default_rng(0)
+    shapes = {
+        "conv": {"kernel": (3, 3, 4, 8)},
+        "hidden": {"kernel": (20, 6), "bias": (6,)},
+        "depthwise": {"kernel": (3, 3, 1, 8)},
+        "classifier": {"kernel": (6, 10)},
+    }
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    params, *gradients = (jax.tree.map(lambda shape: rng.normal(size=shape), shapes, is_leaf=is_shape) for _ in range(3))
+    fields = {"momentum": 0.9, "nesterov": False, "beta2": 0.99, "weight_decay": 0.1, "adam_factor": 0.5}
+    optimizer = make_optimizer(config_of(name="muon", **fields), lambda count: jnp.asarray(RATES)[count])
+    found, state = params, optimizer.init(jax.tree.map(jnp.asarray, params))
+    with jax.numpy_dtype_promotion("standard"):
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, found)
+            found = optax.apply_updates(found, updates)
+
+    def muon(w, gradients):
+        moment = 0
+        for step, g in enumerate(gradients):
+            moment = 0.9 * moment + 0.1 * g
+            x = (moment / (1 - 0.9 ** (step + 1))).reshape(-1, g.shape[-1]).T
+            x = x / np.linalg.norm(x)
+            for _ in range(5):
+                a = x @ x.T
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            update = x.T.reshape(g.shape) * max(1, g.shape[-1] / (g.size / g.shape[-1])) ** 0.5
+            singular = np.linalg.svd(x, compute_uv=False)
+            assert 0.6 < singular.min() <= singular.max() < 1.3
+            w = w - RATES[step] * (update + 0.1 * w)
+        return w
+
+    def adam(w, gradients):
+        m = v = 0
+        for step, g in enumerate(gradients):
+            m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
+            w = w - 0.5 * RATES[step] * m / (1 - 0.9 ** (step + 1)) / (np.sqrt(v / (1 - 0.99 ** (step + 1))) + 1e-8)
+        return w
+
+    for layer, name, rule in (
+        ("conv", "kernel", muon),
+        ("hidden", "kernel", muon),
+        ("hidden", "bias", adam),
+        ("depthwise", "kernel", adam),
+        ("classifier", "kernel", adam),
+    ):
+        expected = rule(params[layer][name], [gradient[layer][name] for gradient in gradients])
+        np.testing.assert_allclose(found[layer][name], expected, rtol=1e-6, atol=1e-8, err_msg=f"{layer} {name}")
+
+
 def test_clipping_comes_first_and_is_global(x64):
     def clipped(step):
         norm = np.sqrt(sum((g**2).sum() for g in GRADIENTS[step].values()))
