@@ -1,9 +1,13 @@
 """The loss, and the sums from which an evaluation's figures are made."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from cnnfamily.errors import unknown
 
 CALIBRATION_BINS = 15
 
@@ -19,6 +23,25 @@ def smooth(labels: jax.Array, num_classes: int, smoothing: float, dtype=jnp.floa
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross-entropy in nats for each example, `[batch]`, of logits and targets `[batch, num_classes]`."""
     return optax.softmax_cross_entropy(logits, targets)
+
+
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """A yes or no for each class, in nats, the mean over classes for each example, `[batch]`; arguments as `cross_entropy`.
+
+    Wightman et al. 2021 (https://arxiv.org/abs/2110.00476), section 2.1. With mixed images every class of the mixture is a yes
+    in the paper; here the targets are the shares.
+    """
+    return optax.sigmoid_binary_cross_entropy(logits, targets).mean(axis=-1)
+
+
+LOSSES = {"cross_entropy": cross_entropy, "binary_cross_entropy": binary_cross_entropy}
+
+
+def choose(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The training loss of that name; a `UsageError` names the nearest for one that does not exist."""
+    if name not in LOSSES:
+        raise unknown("loss", name, LOSSES)
+    return LOSSES[name]
 
 
 def hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:

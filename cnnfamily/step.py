@@ -50,6 +50,7 @@ class Objective:
     seed: int
     mix: Callable | None = None
     label_smoothing: float = 0.0
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = losses.cross_entropy
     aux_weight: float = 0.3  # of the loss of each auxiliary classifier, where the network has any
 
     def __call__(self, params: Any, state: TrainState, micro: dict[str, jax.Array], store: dict[str, jax.Array]):
@@ -66,9 +67,9 @@ class Objective:
             },
             mutable=["batch_stats", "choices", "aux_logits"],
         )
-        loss = losses.cross_entropy(logits, targets).mean()
+        loss = self.loss(logits, targets).mean()
         for auxiliary in jax.tree.leaves(updates.get("aux_logits", {})):
-            loss += self.aux_weight * losses.cross_entropy(auxiliary, targets).mean()
+            loss += self.aux_weight * self.loss(auxiliary, targets).mean()
         top1 = losses.hits(logits, choices["labels"], 1).astype(jnp.float32).mean()
         return loss, (updates.get("batch_stats", {}), top1, choices | updates.get("choices", {}))
 

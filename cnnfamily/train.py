@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cnnfamily import checkpoint, errors, interrupt, memory, nonfinite, optim, parallel, processes, runlog
+from cnnfamily import checkpoint, errors, interrupt, losses, memory, nonfinite, optim, parallel, processes, runlog
 from cnnfamily import config as configs
 from cnnfamily.data import feed
 from cnnfamily.evaluate import evaluate_state, fresh_state, make_evaluator
@@ -77,6 +77,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             config.seed,
             train.mix,
             label_smoothing=config.label_smoothing,
+            loss=losses.choose(config.loss),
             aux_weight=config.aux_weight,
         )
         step_function = functools.partial(

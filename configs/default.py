@@ -39,6 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.accumulate_steps = 1  # micro-batches a step, for batches that do not fit; batch norm sees one micro-batch
     config.total_epochs = 30.0
     config.total_steps = 0
+    config.loss = "cross_entropy"  # or binary_cross_entropy; evaluations always have the first
     config.label_smoothing = 0.0  # share of the target spread over all classes
 
     config.aux_weight = 0.3  # of the loss of each auxiliary classifier; GoogLeNet with model.aux has two

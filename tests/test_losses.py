@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnfamily.losses import CALIBRATION_BINS, cross_entropy, evaluation_metrics, evaluation_sums, hits, smooth
+from cnnfamily.errors import UsageError
+from cnnfamily.losses import CALIBRATION_BINS, choose, cross_entropy, evaluation_metrics, evaluation_sums, hits, smooth
 
 
 def test_smoothing():
@@ -21,6 +22,15 @@ def test_cross_entropy():
     expected = [np.log(2), -0.5 * np.log(0.1) - 0.5 * np.log(0.8)]
     np.testing.assert_allclose(cross_entropy(logits, targets), expected, rtol=1e-6)
     np.testing.assert_array_equal(cross_entropy(jnp.array([[1e4, 0.0]]), jnp.array([[0.0, 1.0]])), [1e4])  # no overflow
+
+
+def test_binary_cross_entropy():
+    logits = jnp.log(jnp.asarray([[3.0, 1.0, 1 / 4], [1.0, 1.0, 1.0]]))  # probabilities 3/4, 1/2, 1/5
+    targets = jnp.asarray([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
+    expected = [-(np.log(3 / 4) + np.log(1 / 2) + np.log(4 / 5)) / 3, np.log(2)]
+    np.testing.assert_allclose(choose("binary_cross_entropy")(logits, targets), expected, rtol=1e-6)
+    with pytest.raises(UsageError, match="unknown loss 'bce'"):
+        choose("bce")
 
 
 def test_hits():

@@ -175,6 +175,7 @@ def run_command(monkeypatch, capsys, *arguments):
         (["--config.data.source=idx:nothing"], "nothing"),
         (["--config.data.source=tfds:nothing"], "tfds:nothing is not prepared: looked for "),
         (["--config.data.source=folder:nothing"], "nothing is not a folder; expected PATH/train/CLASS/*.jpg"),
+        (["--config.loss=cross_entropi"], "unknown loss 'cross_entropi'; did you mean 'cross_entropy'?"),
         (["--config.data.fit=crop"], "data.fit is 'crop' and data.source 'digits'; expected 'resize' or 'pad'"),
         (["--config.data.workers=-2"], "config.data.workers=-2: expected -1 or more"),
         (["--config.batch_size=66"], "batch_size=66: expected a multiple of 8"),
