@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from cnnfamily import config as configs
 from cnnfamily import disk
+from cnnfamily.boards import Board
 from cnnfamily.errors import NonFiniteLoss, Stopped, UsageError, warn
 
 try:
@@ -181,7 +182,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Appends to `metrics.jsonl` and, if tensorboardX is installed and `tensorboard` is true, to TensorBoard files.
+    """Appends to `metrics.jsonl`, and tells `boards` (see `boards.py`) the same.
 
     A run that goes on from step s first drops what a crashed one had written after s: those steps come again.
 
@@ -189,18 +190,17 @@ class RunLog:
       DiskError: one of them cannot be written, or the directory is no longer there.
     """
 
-    def __init__(self, workdir: Path, *, from_step: int, tensorboard: bool):
+    def __init__(self, workdir: Path, *, from_step: int, boards: Sequence[Callable[[Path, int], Board]] = ()):
         self.workdir = workdir
         self._path = workdir / "metrics.jsonl"
         self._active = jax.process_index() == 0
-        self._board = None
+        self._boards = []
         if not self._active:
             return
         kept = [row for row in read_metrics(workdir) if row["step"] <= from_step]
         with disk.writing(self._path):
             disk.write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        if tensorboard and importlib.util.find_spec("tensorboardX"):
-            self._board = _Board(workdir / "tensorboard", from_step)
+        self._boards = [start(workdir, from_step) for start in boards]
         with disk.writing(self._path):
             self._file = self._path.open("a")
 
@@ -215,8 +215,8 @@ class RunLog:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             self._file.write(json.dumps(row | ({"timing": timing} if timing else {})) + "\n")
             self._file.flush()
-        if self._board:
-            self._board.write(step, values | (timing or {}))
+        for board in self._boards:
+            board.write(step, values | (timing or {}))
 
     def sync(self) -> None:
         """Brings the lines to the disk itself: after a power cut there must be no checkpoint whose lines are missing."""
@@ -232,41 +232,8 @@ class RunLog:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(disk.writing(self._path))
                 stack.callback(self._file.close)
-                if self._board:
-                    self._board.close()
-
-
-class _Board:
-    """TensorBoard's event files, written here and now: the thread of tensorboardX's SummaryWriter dies of a full disk, and the
-    training loop then waits for it forever.
-    """
-
-    def __init__(self, directory: Path, from_step: int):
-        from tensorboardX import record_writer, summary  # optional, and slow to import
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self._directory, self._event, self._scalar = directory, Event, summary.scalar
-        with disk.writing(directory):
-            directory.mkdir(exist_ok=True)
-            name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{from_step}"
-            self._writer = record_writer.RecordWriter(str(directory / name))
-        start = SessionLog(status=SessionLog.START)  # TensorBoard hides what was there from this step on
-        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        self._add(Event(wall_time=time.time(), step=from_step + 1, session_log=start))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._add(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
-        with disk.writing(self._directory):
-            self._writer.flush()
-
-    def _add(self, event) -> None:
-        with disk.writing(self._directory):
-            self._writer.write(event.SerializeToString())
-
-    def close(self) -> None:
-        with disk.writing(self._directory):
-            self._writer.close()
+                for board in self._boards:
+                    stack.callback(board.close)
 
 
 class Curves:

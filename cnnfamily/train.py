@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cnnfamily import checkpoint, errors, interrupt, losses, memory, nonfinite, optim, parallel, processes, runlog
+from cnnfamily import boards, checkpoint, errors, interrupt, losses, memory, nonfinite, optim, parallel, processes, runlog
 from cnnfamily import config as configs
 from cnnfamily.data import feed
 from cnnfamily.evaluate import evaluate_state, fresh_state, make_evaluator
@@ -53,6 +53,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
 
     with contextlib.ExitStack() as stack:
         # Data and devices
+        loggers = boards.chosen(config)
         mesh = parallel.data_mesh()
         data = feed.load_data(config)
         train = stack.enter_context(contextlib.closing(feed.TrainFeed(data, config, mesh)))
@@ -100,7 +101,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
         if (checkpoints.newest or 0) != first_step:  # before the log below drops what lies after first_step
             raise errors.UsageError(f"another process has trained in {workdir} meanwhile; the same command goes on from there")
         runlog.write_manifest(workdir, config=config, data=data, total_steps=total_steps, first_step=first_step)
-        log = stack.enter_context(runlog.RunLog(workdir, from_step=first_step, tensorboard=config.log.tensorboard))
+        log = stack.enter_context(runlog.RunLog(workdir, from_step=first_step, boards=loggers))
         curves = stack.enter_context(runlog.Curves(workdir))
         stack.enter_context(report.live(first_step=first_step, total_steps=total_steps))
         pending = []  # metrics of the steps that have no line in the log yet

@@ -117,7 +117,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.log = ConfigDict()
     config.log.every_steps = 50  # a training line, the mean over the steps since the last; one at every evaluation too
-    config.log.tensorboard = True  # TensorBoard files as well, if tensorboardX is installed
+    config.log.tensorboard = False  # TensorBoard files as well; needs tensorboardX
+    config.log.wandb = False  # Weights & Biases as well; needs wandb
     config.lock()  # a typo in a config file is an error, not a new key
     return choose(config, form, digits_epochs=24.0)
 

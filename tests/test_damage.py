@@ -20,6 +20,7 @@ from test_checkpoint import state_at
 from test_train import assert_equal_states, final_state, lines_without_timing
 
 from cnnfamily import checkpoint, disk, errors, evaluate, runlog, train
+from cnnfamily.boards import TensorBoard
 from cnnfamily.checkpoint import Checkpoints
 from cnnfamily.errors import UsageError
 
@@ -277,8 +278,6 @@ with checkpoint.Checkpoints(pathlib.Path({str(steps)!r})) as checkpoints:
 @pytest.mark.parametrize("name", [".lock", "manifest.json", "metrics.jsonl", "curves.png", "tensorboard", "checkpoints"])
 def test_what_cannot_be_written_is_one_line(name, tmp_path):
     """Something else is in the way: also for root, who may write into a read-only folder."""
-    if name == "tensorboard":
-        pytest.importorskip("tensorboardX")
     runlog.claim(tmp_path, short_config())
     data = train.feed.load_data(short_config())
     way = tmp_path / (f"{name}.partial" if "." in name[1:] else name)
@@ -290,7 +289,7 @@ def test_what_cannot_be_written_is_one_line(name, tmp_path):
         Checkpoints(tmp_path / "checkpoints"),
     ):
         runlog.write_manifest(tmp_path, config=short_config(), data=data, total_steps=88, first_step=0)
-        with runlog.RunLog(tmp_path, from_step=0, tensorboard=True):
+        with runlog.RunLog(tmp_path, from_step=0, boards=[TensorBoard]):
             runlog.draw_curves(tmp_path)
     assert f"{tmp_path / name} cannot be written: " in str(error.value)
     assert str(error.value).endswith(f"; there is no checkpoint in {tmp_path}, and the same command begins anew")
@@ -299,12 +298,10 @@ def test_what_cannot_be_written_is_one_line(name, tmp_path):
 @pytest.mark.parametrize("board", [False, True])
 def test_a_log_that_cannot_grow_keeps_its_lines(board, tmp_path, largest_file):
     """With TensorBoard files too, which are the larger ones: tensorboardX's SummaryWriter would wait forever."""
-    if board:
-        pytest.importorskip("tensorboardX")
     full = pytest.raises(
         disk.DiskError, match=f"{'tensorboard' if board else 'metrics.jsonl'} cannot be written: File too large"
     )
-    with full, runlog.RunLog(tmp_path, from_step=0, tensorboard=board) as log:
+    with full, runlog.RunLog(tmp_path, from_step=0, boards=[TensorBoard] if board else []) as log:
         for step in range(1, 1000):
             log.write(step, step / 10, {"train_loss": 1.0})
             if step == 20:
@@ -313,7 +310,7 @@ def test_a_log_that_cannot_grow_keeps_its_lines(board, tmp_path, largest_file):
     rows = runlog.read_metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert len(rows) >= 20
-    with runlog.RunLog(tmp_path, from_step=20, tensorboard=False) as log:
+    with runlog.RunLog(tmp_path, from_step=20) as log:
         log.write(21, 2.1, {"train_loss": 1.0})
     assert [row["step"] for row in runlog.read_metrics(tmp_path)] == list(range(1, 22))
 

@@ -17,7 +17,7 @@ def test_going_on_drops_what_comes_again(tmp_path):
     """Lines after the checkpoint, and a last line that a crash cut in half."""
     lines = [json.dumps({"step": step, "epoch": step / 10, "train_loss": 1.0}) for step in (10, 20, 30)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 35, "epo')
-    with runlog.RunLog(tmp_path, from_step=20, tensorboard=False) as log:
+    with runlog.RunLog(tmp_path, from_step=20) as log:
         log.write(25, 2.5, {"train_loss": 0.5}, {"seconds": 1.0})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [10, 20, 25]
