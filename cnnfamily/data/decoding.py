@@ -37,7 +37,8 @@ def decode(data: bytes, channels: int = 3) -> Image.Image:
     """
     try:
         picture = _decode_jpeg(data) if data.startswith(b"\xff\xd8\xff") else None
-        return (picture or _decode_with_pillow(data)).convert("RGB" if channels == 3 else "L")
+        picture, mode = picture or _decode_with_pillow(data), "RGB" if channels == 3 else "L"
+        return picture if picture.mode == mode else picture.convert(mode)  # which copies even where nothing is to be changed
     except BadImageError:
         raise
     except UnidentifiedImageError as error:

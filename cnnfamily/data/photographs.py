@@ -76,15 +76,17 @@ class Reader:
         `crop` makes that of a picture and its index. What is False in `here` `[n]` is left empty.
         """
 
-        def one(i: int) -> tuple[np.ndarray, int]:
-            picture, label, taken = self._picture(int(index[i]))
-            return crop(picture, taken), label
+        images, labels = np.zeros((len(index), *self._shape), np.uint8), np.zeros(len(index), np.int32)
+
+        def fill(rows: np.ndarray) -> None:
+            for i in rows:
+                picture, labels[i], taken = self._picture(int(index[i]))
+                images[i] = crop(picture, taken)
 
         rows = np.flatnonzero(here)
-        found = (self._pool.map if self._pool else map)(one, rows)
-        images, labels = np.zeros((len(index), *self._shape), np.uint8), np.zeros(len(index), np.int32)
-        for i, (pixels, label) in zip(rows, found, strict=True):
-            images[i], labels[i] = pixels, label
+        # Some at a time, for handing over each takes Python's lock (experiments/speed).
+        for _ in (self._pool.map if self._pool else map)(fill, np.array_split(rows, max(1, len(rows) // 8))):
+            pass
         return {"images": images, "labels": labels}
 
     def close(self) -> None:
