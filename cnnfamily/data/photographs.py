@@ -60,7 +60,8 @@ class Reader:
             raise unknown("data.bad_images", bad_images, ("stop", "replace"))
         self._split, self._shape, self._replaces = split, (resolution, resolution, channels), bad_images == "replace"
         self._bad: dict[int, str] = {}
-        workers = len(os.sched_getaffinity(0)) if workers < 0 else workers
+        if workers < 0:  # only Linux tells which cores a process may use
+            workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self._pool = concurrent.futures.ThreadPoolExecutor(workers, "decode") if workers else None
 
     @property
