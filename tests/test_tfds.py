@@ -130,6 +130,21 @@ def test_damaged_tfrecords_are_named(prepared, tmp_path):
     assert train.read(1) == (jpeg("train", 1), LABELS["train"][1])
 
 
+def test_a_damaged_array_record_is_one_bad_image(prepared, tmp_path):
+    """Its chunks have checksums; the others are read as before."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    (file,) = tmp_path.rglob("*-train.array_record*")
+    content = bytearray(file.read_bytes())
+    place = content.index(jpeg("train", 7)[-60:-20])
+    content[place] ^= 1
+    file.write_bytes(content)
+    _, train, *_ = read(tmp_path)
+    with pytest.raises(BadImageError, match="hash mismatch"):
+        train.read(7)
+    for index in (0, 6, 8, 23):
+        assert train.read(index) == (jpeg("train", index), LABELS["train"][index])
+
+
 def test_a_set_without_a_test_split_is_cut(tmp_path):
     _, train, test, _, fingerprint = read(prepare(TrainOnly, tmp_path), "train_only")
     assert (len(train), len(test)) == (18, 6)
