@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mesh_of
 from jax import export, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -194,10 +195,11 @@ def test_shard_map_sums_the_kernel_gradient_over_devices(kind, check_vma):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_images_that_lie_on_several_devices_need_no_jit(kind):
+@pytest.mark.parametrize("devices", [1, 8])
+def test_images_that_are_placed_on_devices_need_no_jit(kind, devices):
     """As a batch of a feed does in a notebook."""
     ours, (images, kernel) = of_kind(kind, batch=8)
-    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = mesh_of(min(devices, len(jax.devices())))
     placed = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
     np.testing.assert_allclose(ours(placed, kernel), ours(images, kernel), rtol=1e-12, atol=1e-13)
 

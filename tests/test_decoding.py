@@ -59,6 +59,8 @@ def test_pixels_are_pillows(picture, kind, options, channels):
 def test_sixteen_bits_keep_their_range():
     """Pillow's own conversion makes nearly everything white."""
     np.testing.assert_array_equal(np.asarray(decode(encoded(of_16_bits(), "png"), 1)), PIXELS[:, :, 0])
+    levels = Image.fromarray(np.array([[256, 257, 65279, 65535]], np.uint16))
+    assert np.asarray(decode(encoded(levels, "png"), 1)).tolist() == [[0, 1, 254, 255]]
 
 
 def test_exif_orientation_is_left_alone():
@@ -118,6 +120,7 @@ def test_random_crops_have_the_areas_ratios_and_places_asked_for():
     small = share < 0.5
     assert np.histogram(share[small], 3, (0.08, 0.5))[0].std() < 0.06 * small.sum()
     assert abs(np.log(ratio[small]).mean()) < 0.02
+    assert np.log(ratio[small]).std() == pytest.approx(np.log(4 / 3) / 3**0.5, rel=0.05)
     free = (left / np.maximum(500 - width, 1))[small]
     assert abs(free.mean() - 0.5) < 0.02
 

@@ -113,6 +113,7 @@ def test_values_made_ahead_are_the_functions(ahead):
     values = Ahead(make, ahead)
     assert [values(number) for number in (0, 1, 2, 2, 3)] == [0, 1, 4, 4, 9]
     assert values(20) == 400, "another place"
+    assert len(values._futures) <= ahead + 1, "what nobody will ask for is forgotten"
     assert values(6) == 36
     with pytest.raises(UsageError, match="seven"):
         values(7)
@@ -173,12 +174,13 @@ def test_batches_are_the_same_for_any_number_of_workers_and_devices(workers, pre
 
 
 def test_every_test_photograph_is_seen_once():
-    test = feed.TestFeed(data(), config_for(), mesh_of(4))
+    test = feed.TestFeed(data(), config_for(**{"evaluate.batch_size": 15}), mesh_of(4))
     batches = [jax.device_get(batch) for batch in test.batches()]
     test.close()
-    assert [batch["images"].shape for batch in batches] == [(12, 32, 32, 3)] * 2
+    assert [batch["images"].shape for batch in batches] == [(16, 32, 32, 3)] * 2
     index = np.concatenate([batch["index"][batch["mask"]] for batch in batches])
     assert index.tolist() == list(range(N))
+    assert not any(batch["images"][~batch["mask"]].any() for batch in batches), "padding is not decoded"
     pixels = np.concatenate([batch["images"][batch["mask"]] for batch in batches])
     for i in (0, 13, N - 1):
         np.testing.assert_array_equal(pixels[i], CentreCrop(32)(decode(FILES[i])))
