@@ -3,7 +3,8 @@
     python experiments/digits/run.py [NETWORK ...]      # default: fifteen networks with three seeds, then the others with one
 
 Each row is a process of its own, `python -m cnnfamily.train --config=experiments/digits/config.py:NETWORK --config.seed=SEED`;
-started again it goes on with the rows that are missing. Timings mean something only if nothing else runs.
+started again it goes on with the rows that are missing. Timings mean something only if nothing else runs: a row that was
+measured beside other work has `"idle": false`, added by hand, and no time in the table.
 """
 
 import json
@@ -82,9 +83,10 @@ def write_table(rows: list[dict]) -> None:
     for name, runs in by_network(rows):
         accuracies = [100 * run["test_top1"] for run in runs]
         spread = f"{min(accuracies):.1f} to {max(accuracies):.1f}" if len(runs) > 1 else ""
-        epoch = statistics.median(run["epoch_seconds"] for run in runs)
+        seconds = [run["epoch_seconds"] for run in runs if run.get("idle", True)]  # measured with nothing else running
+        epoch = f"{statistics.median(seconds):.1f}" if seconds else "-"
         size = f"{runs[0]['params']:,} | {runs[0]['macs']:,}"
-        lines.append(f"| {name} | {len(runs)} | {statistics.mean(accuracies):.2f} | {spread} | {size} | {epoch:.1f} |")
+        lines.append(f"| {name} | {len(runs)} | {statistics.mean(accuracies):.2f} | {spread} | {size} | {epoch} |")
     TABLE.write_text("\n".join(lines) + "\n")
 
 
