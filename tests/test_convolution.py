@@ -195,11 +195,10 @@ def test_shard_map_sums_the_kernel_gradient_over_devices(kind, check_vma):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("devices", [1, 8])
-def test_images_that_are_placed_on_devices_need_no_jit(kind, devices):
-    """As a batch of a feed does in a notebook."""
+def test_images_that_are_placed_on_a_mesh_need_no_jit(kind):
+    """As a batch of a feed in a notebook. Of one device, where it failed; on eight it did not."""
     ours, (images, kernel) = of_kind(kind, batch=8)
-    mesh = mesh_of(min(devices, len(jax.devices())))
+    mesh = mesh_of(1)
     placed = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
     np.testing.assert_allclose(ours(placed, kernel), ours(images, kernel), rtol=1e-12, atol=1e-13)
 
