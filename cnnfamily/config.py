@@ -135,12 +135,13 @@ def check(config: ConfigDict) -> None:
       UsageError: naming the key, its value and what was expected.
     """
     below_one = ("label_smoothing", "ema.decay", "optim.beta2", "optim.momentum")
+    lowest = {"data.workers": -1}
     positive = ("batch_size", "accumulate_steps", "evaluate.every_epochs", "evaluate.batch_size", "log.every_steps")
     for key, value in flatten(config).items():
         if key.startswith("model.") or type(value) not in (int, float):
             continue
         for refused, expected in (
-            (value < (-1 if key == "data.workers" else 0), "0 or more" if key != "data.workers" else "-1 or more"),
+            (value < lowest.get(key, 0), f"{lowest.get(key, 0)} or more"),
             (key == "seed" and value >= 2**31, "less than 2**31"),
             (key in below_one and value >= 1, "less than 1"),
             (key in positive and value == 0, "more than 0"),

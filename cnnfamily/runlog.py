@@ -5,7 +5,6 @@
 import contextlib
 import errno
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform

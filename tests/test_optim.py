@@ -167,15 +167,17 @@ def test_rmsprop_is_tensorflows(x64):
     assert_same(found, run_formula(rule, decay=0.01))
 
 
+def adam_direction(memory, step, g, epsilon=1e-8):
+    """Adam's step before the learning rate, with betas of 0.9 and 0.99."""
+    memory["m"] = 0.9 * memory.get("m", 0) + 0.1 * g
+    memory["v"] = 0.99 * memory.get("v", 0) + 0.01 * g**2
+    m, v = memory["m"] / (1 - 0.9 ** (step + 1)), memory["v"] / (1 - 0.99 ** (step + 1))
+    return m / (np.sqrt(v) + epsilon)
+
+
 def test_adamw(x64):
     def rule_of(decay):
-        def rule(memory, step, w, g):
-            memory["m"] = 0.9 * memory.get("m", 0) + 0.1 * g
-            memory["v"] = 0.99 * memory.get("v", 0) + 0.01 * g**2
-            m, v = memory["m"] / (1 - 0.9 ** (step + 1)), memory["v"] / (1 - 0.99 ** (step + 1))
-            return w - RATES[step] * (m / (np.sqrt(v) + 1e-8) + decay * w)
-
-        return rule
+        return lambda memory, step, w, g: w - RATES[step] * (adam_direction(memory, step, g) + decay * w)
 
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power in its bias correction
         found = run_optimizer(name="adamw", momentum=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.05)
@@ -188,10 +190,7 @@ def test_lamb(x64):
 
     def rule_of(decay):
         def rule(memory, step, w, g):
-            memory["m"] = 0.9 * memory.get("m", 0) + 0.1 * g
-            memory["v"] = 0.99 * memory.get("v", 0) + 0.01 * g**2
-            m, v = memory["m"] / (1 - 0.9 ** (step + 1)), memory["v"] / (1 - 0.99 ** (step + 1))
-            update = m / (np.sqrt(v) + 1e-6) + decay * w
+            update = adam_direction(memory, step, g, epsilon=1e-6) + decay * w
             return w - RATES[step] * np.linalg.norm(w) / np.linalg.norm(update) * update
 
         return rule
@@ -236,10 +235,9 @@ def test_muon_makes_kernels_orthogonal_and_has_adam_for_the_rest(x64):
         return w
 
     def adam(w, gradients):
-        m = v = 0
+        memory = {}
         for step, g in enumerate(gradients):
-            m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
-            w = w - 0.5 * RATES[step] * m / (1 - 0.9 ** (step + 1)) / (np.sqrt(v / (1 - 0.99 ** (step + 1))) + 1e-8)
+            w = w - 0.5 * RATES[step] * adam_direction(memory, step, g)
         return w
 
     for layer, name, rule in (

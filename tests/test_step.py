@@ -91,6 +91,7 @@ LAYOUTS = [
     ("example", 4, 2, 2),
     ("example", 4, 4, 1),
     ("subset", 0, 8, 1),
+    pytest.param("example", 4, 2, 1, marks=pytest.mark.full),
     pytest.param("example", 4, 4, 2, marks=pytest.mark.full),
     pytest.param("batch", 0, 4, 1, marks=pytest.mark.full),
     pytest.param("subset", 4, 2, 2, marks=pytest.mark.full),
