@@ -13,7 +13,7 @@ from test_step import BATCH, batch_of, update_of, view
 from cnnfamily import losses, rng
 from cnnfamily.errors import UsageError
 from cnnfamily.models import create_model, initialize
-from cnnfamily.models.googlenet import MODULES, Auxiliary
+from cnnfamily.models.googlenet import MODULES, Auxiliary, start_of
 from cnnfamily.models.layers import Conv
 from cnnfamily.step import create_state
 from cnnfamily.summary import summarize
@@ -115,11 +115,24 @@ def test_pools_of_the_auxiliary_classifiers():
     for pool, bins in (("paper", (0, 5, 3, 8, 6, 11, 9, 14)), ("adaptive", (0, 4, 3, 7, 7, 11, 10, 14))):
         bins = [slice(*bins[i : i + 2]) for i in (0, 2, 4, 6)]
         pooled = np.array([[maps[0, i, j].mean((0, 1)) for j in bins] for i in bins])[None]
-        head = Auxiliary(3, Conv, jax.nn.relu, pool, 0.0, "float32")
+        head = Auxiliary(3, Conv, start_of(batch_norm=False), jax.nn.relu, pool, 0.0, "float32")
         variables = head.init(jax.random.key(0), maps, False, None)
         assert variables["params"]["hidden"]["kernel"].shape == (4 * 4 * 128, 1024)
         expected = head.clone(pool="adaptive").apply(variables, pooled.astype(np.float32), False, None)
         np.testing.assert_allclose(head.apply(variables, maps, False, None), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_without_norms_images_reach_the_last_maps():
+    """Caffe's start. With torchvision's deviation of 0.01 the last maps had 4e-13 of the images, and it did not learn."""
+    network = create_model("googlenet_paper", aux=True, width=0.25)
+    variables = initialize(network, jax.random.key(0), resolution=32)
+    images = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
+    maps = network.apply(variables, images, mutable=["intermediates"])[1]["intermediates"]["stage5"][0]
+    assert np.asarray(maps).std(axis=0).mean() > 1e-4
+    biases = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"])}
+    for path, bias in biases.items():
+        if path.endswith("['bias']"):
+            assert (bias == (0.0 if "classifier" in path else np.float32(0.2))).all(), path
 
 
 def test_without_reductions_a_module_is_that_of_figure_2a():

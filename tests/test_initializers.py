@@ -47,6 +47,7 @@ def test_normal():
         (initializers.uniform_fan_out, (300, 25), 1 / 5),
         (initializers.uniform_fan_in, (5, 5, 6, 40), 2.4 / 150),
         (initializers.uniform_fan_in, (120, 84), 2.4 / 120),
+        (initializers.xavier_fan_in, (5, 5, 3, 40), 0.2),
         (initializers.torch_uniform(64), (7, 300), 1 / 8),
     ],
 )

@@ -68,6 +68,11 @@ def uniform_fan_in(key, shape, dtype):
     return symmetric_uniform(key, shape, dtype, 2.4 / math.prod(shape[:-1]))
 
 
+def xavier_fan_in(key, shape, dtype):
+    """Uniform in +-sqrt(3 / fan-in), a variance of 1 / fan-in: what Caffe calls "xavier" (Glorot and Bengio 2010)."""
+    return symmetric_uniform(key, shape, dtype, math.sqrt(3 / math.prod(shape[:-1])))
+
+
 def torch_uniform(fan_in: int):
     """Uniform in +-1 / sqrt(fan-in): what torch gives the kernels and the biases of convolutions and linear layers."""
     return lambda key, shape, dtype: symmetric_uniform(key, shape, dtype, 1 / math.sqrt(fan_in))

@@ -1,10 +1,12 @@
 """Trains the networks on the embedded digits: the rows that `results.jsonl` lacks, and the table and the figure of all.
 
     python experiments/digits/run.py [NETWORK ...]      # default: fifteen networks with three seeds, then the others with one
+    python experiments/digits/run.py --times            # two epochs of each network that has no time yet
 
 Each row is a process of its own, `python -m cnnfamily.train --config=experiments/digits/config.py:NETWORK --config.seed=SEED`;
 started again it goes on with the rows that are missing. Timings mean something only if nothing else runs: a row that was
-measured beside other work has `"idle": false`, added by hand, and no time in the table.
+measured beside other work has `"idle": false`, added by hand, and no time in the table. `--times` trains those for two epochs
+more on an idle machine, takes the time from there, and notes the commit as `timed_commit`.
 """
 
 import json
@@ -35,10 +37,10 @@ LABELS_BELOW = ("mobilenet_v3_small", "mobilenet_v3_large", "se_resnet18", "resn
 TOO_LARGE = ("resnet1202_cifar",)  # its step alone compiles for an hour
 
 
-def train(name: str, seed: int, folder: Path) -> dict:
+def train(name: str, seed: int, folder: Path, *overrides: str) -> dict:
     """The figures of one run, from the command and its log."""
     config = HERE.relative_to(configs.REPOSITORY) / f"config.py:{name}"
-    command = [sys.executable, "-m", "cnnfamily.train", f"--config={config}", f"--config.seed={seed}"]
+    command = [sys.executable, "-m", "cnnfamily.train", f"--config={config}", f"--config.seed={seed}", *overrides]
     start = time.monotonic()
     subprocess.run([*command, f"--workdir={folder}"], check=True, cwd=configs.REPOSITORY, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - start
@@ -65,6 +67,20 @@ def train(name: str, seed: int, folder: Path) -> dict:
 
 def read() -> list[dict]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def add_times() -> None:
+    """Measures the seconds of an epoch of the rows that were made beside other work."""
+    for row in [row for row in read() if not row.get("idle", True)]:
+        with tempfile.TemporaryDirectory() as folder:
+            short = ("--config.total_epochs=2", "--config.log.every_steps=4")
+            timed = train(row["network"], row["seed"], Path(folder) / "run", *short)
+        print(f"{row['network']} {row['seed']}: {timed['epoch_seconds']} s an epoch, was {row['epoch_seconds']}", flush=True)
+        rows = read()
+        found = rows[[(other["network"], other["seed"]) for other in rows].index((row["network"], row["seed"]))]
+        del found["idle"]
+        found |= {"epoch_seconds": timed["epoch_seconds"], "timed_commit": timed["commit"]}
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def by_network(rows: list[dict]) -> list[tuple[str, list[dict]]]:
@@ -120,6 +136,11 @@ def draw(rows: list[dict]) -> None:
 
 
 def main(argv: list[str]) -> None:
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="cnnfamily_digits_"))  # seeds share programs
+    if argv == ["--times"]:
+        add_times()
+        write_table(read())
+        return
     for name in argv:
         models.model_config(name)
     others = [name for name in list_models() if name not in (*FIFTEEN, *TOO_LARGE)]
@@ -127,7 +148,6 @@ def main(argv: list[str]) -> None:
     if argv:
         wanted = [(name, seed) for name, seed in wanted if name in argv]
     done = {(row["network"], row["seed"]) for row in read()}
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="cnnfamily_digits_"))  # seeds share programs
     for name, seed in wanted:
         if (name, seed) not in done:
             with tempfile.TemporaryDirectory() as folder:
