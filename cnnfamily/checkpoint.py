@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax: the two newest and the best are kept, a save is either whole or not there, and a checkpoint is read
+"""Checkpoints with Orbax: the newest and the best are kept, a save is either whole or not there, and a checkpoint is read
 only after the digest of each of its files has been found right.
 """
 
@@ -60,7 +60,7 @@ class _SealedFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 class Checkpoints:
-    """The checkpoints of a run, by step. Use as a context manager: leaving it waits for a save that is under way.
+    """The checkpoints of a run by step, the `keep` newest and the best. A context manager: leaving it waits for the last save.
 
     Damaged ones are put aside first, into `damaged/` of the run directory, and named on standard error: Orbax saves no step
     that is there or that comes before its newest, and does not say so.
@@ -70,7 +70,7 @@ class Checkpoints:
       UsageError: there are checkpoints, and all are damaged; they are left where they are.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, *, keep: int = 2):
         for name in ("absl", "asyncio"):  # Orbax tells every step of every save, and each of them an error at length
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._directory = directory.resolve()
@@ -79,7 +79,7 @@ class Checkpoints:
         _in_first_process(lambda: _put_damaged_aside(directory))
         # Orbax by itself, with best_fn and max_to_keep, deletes the newest when it is not among the best.
         policy = preservation_policy.AnyPreservationPolicy(
-            [preservation_policy.LatestN(2), preservation_policy.BestN(get_metric_fn=_rank, n=1)]
+            [preservation_policy.LatestN(keep), preservation_policy.BestN(get_metric_fn=_rank, n=1)]
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
@@ -212,6 +212,21 @@ def restore_state(directory: Path, like: TrainState, *, which: str) -> TrainStat
     if step is None:
         raise UsageError(f"no checkpoint in {directory}: the run stopped before its first")
     return _read(directory.resolve() / str(step), like)[0]
+
+
+def restore_newest(directory: Path, like: TrainState, count: int) -> list[TrainState]:
+    """The states of the `count` newest checkpoints under `directory` that are not damaged, the newest first.
+
+    Raises:
+      UsageError: there are fewer.
+    """
+    good = [step for step in sorted(_steps(directory), reverse=True) if disk.damage(directory / str(step)) is None]
+    if not 1 <= count <= len(good):
+        raise UsageError(
+            f"the mean of {count} checkpoints: {directory} has {len(good)}, expected 1 to so many; "
+            f"checkpoint.keep={count} keeps more"
+        )
+    return [_read(directory.resolve() / str(step), like)[0] for step in good[:count]]
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Or by published weights: `--model=resnet50 --weights=FILE IMAGE_OR_FOLDER...`; `
 as torchvision's second weights want them (see `cnnfamily.preprocess`).
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,11 @@ def predict_images(workdir: str | Path, paths: list[Path], *, top: int = 5) -> l
     network, variables, config = load_run(workdir)
     data = runlog.read_manifest(Path(workdir))["data"]
     resolution, channels = feed.resolution_of(config), config.model.in_channels
-    crop = feed.evaluation_crop(config)
+    crop = dataclasses.replace(feed.evaluation_crop(config), corners=False)
+    if config.data.zca_epsilon:
+        raise errors.UsageError(
+            f"{workdir} has data.zca_epsilon: the whitening is that of its training images, not kept in a run"
+        )
 
     def prepare(picture):
         if config.data.fit == "crop":

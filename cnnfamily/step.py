@@ -12,6 +12,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax import lax
@@ -41,12 +42,12 @@ def create_state(variables: dict, optimizer: optax.GradientTransformation, *, em
 class Objective:
     """The loss of one micro-batch as a function of the parameters; all its randomness is that of (seed, state.step, position).
 
-    `view`: (keys `[examples]`, uint8 images) to what the network sees: augmentation and normalisation. `mix`: (key, position,
-    images, targets) to images and targets blended with a partner's, and what was chosen; None leaves them.
+    `view`: (keys `[examples]`, uint8 images, store) to what the network sees: augmentation and normalisation. `mix`: (key,
+    position, images, targets) to images and targets blended with a partner's, and what was chosen; None leaves them.
     """
 
     network: nn.Module
-    view: Callable[[jax.Array, jax.Array], jax.Array]
+    view: Callable[[jax.Array, jax.Array, dict[str, jax.Array]], jax.Array]
     seed: int
     mix: Callable | None = None
     label_smoothing: float = 0.0
@@ -76,8 +77,8 @@ class Objective:
     def inputs(self, step: jax.Array, micro: dict[str, jax.Array], store: dict[str, jax.Array], dtype: jnp.dtype):
         """What the network gets: images, targets, and the choices that led to them."""
         augment_key = rng.step_key(self.seed, step, rng.AUGMENT)
-        images = self.view(rng.example_keys(augment_key, micro["position"]), _take(store, micro, "images"))
-        labels = _take(store, micro, "labels")
+        images = self.view(rng.example_keys(augment_key, micro["position"]), take(store, micro, "images"), store)
+        labels = take(store, micro, "labels")
         targets = losses.smooth(labels, self.network.num_classes, self.label_smoothing, dtype)
         choices = {"images": images, "labels": labels}
         if self.mix:
@@ -165,7 +166,8 @@ def _float_dtype(params: Any) -> jnp.dtype:
     return jnp.result_type(*jax.tree.leaves(params))
 
 
-def _take(store: dict[str, jax.Array], batch: dict[str, jax.Array], name: str) -> jax.Array:
+def take(store: dict[str, jax.Array], batch: dict[str, jax.Array], name: str) -> jax.Array:
+    """What a batch has of `images` or `labels`, from `store` if the split lies there."""
     return batch[name] if name in batch else jnp.take(store[name], batch["index"], axis=0)
 
 
@@ -181,10 +183,23 @@ def eval_step(
     store: dict[str, jax.Array],
     *,
     network: nn.Module,
-    view: Callable[[jax.Array], jax.Array],
+    view: Callable[[jax.Array, dict[str, jax.Array]], jax.Array],
+    mirrored: bool = False,
     axis_name: str = "data",
 ) -> dict[str, jax.Array]:
-    """Sums over one evaluation batch (`losses.evaluation_sums`) in which `mask` `[examples]` marks what is no padding."""
-    logits = network.apply(variables, view(_take(store, batch, "images")), train=False)
-    sums = losses.evaluation_sums(logits, _take(store, batch, "labels"), batch["mask"])
+    """Sums over one evaluation batch (`losses.evaluation_sums`) in which `mask` `[examples]` marks what is no padding.
+
+    Where an example has several views, `[examples, views, height, width, channels]` or its mirror image too (`mirrored`), its
+    probabilities are the means over them.
+    """
+    images = view(take(store, batch, "images"), store)
+    if images.ndim == 4:
+        images = images[:, None]
+    if mirrored:
+        images = jnp.concatenate([images, images[..., ::-1, :]], axis=1)
+    logits = network.apply(variables, images.reshape(-1, *images.shape[2:]), train=False)
+    if images.shape[1] > 1:
+        logits = jax.nn.log_softmax(logits.reshape(*images.shape[:2], -1))
+        logits = jax.nn.logsumexp(logits, axis=1) - np.log(images.shape[1]).astype(logits.dtype)
+    sums = losses.evaluation_sums(logits, take(store, batch, "labels"), batch["mask"])
     return lax.psum(sums, axis_name)

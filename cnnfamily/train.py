@@ -14,7 +14,20 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cnnfamily import boards, checkpoint, errors, interrupt, losses, memory, nonfinite, optim, parallel, processes, runlog
+from cnnfamily import (
+    boards,
+    checkpoint,
+    errors,
+    interrupt,
+    losses,
+    memory,
+    models,
+    nonfinite,
+    optim,
+    parallel,
+    processes,
+    runlog,
+)
 from cnnfamily import config as configs
 from cnnfamily.data import feed
 from cnnfamily.evaluate import evaluate_state, fresh_state, make_evaluator
@@ -71,24 +84,38 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
         )
         learning_rate = jax.jit(schedule)  # for the log; operation by operation it would compile ten programs
         network, optimizer, state = fresh_state(config, schedule)
+        for side in {*train.resolutions} - {feed.resolution_of(config)}:
+            models.check_resolution(network, side)
         state = parallel.replicate(state, mesh)
-        objective = Objective(
-            network.clone(axis_name=parallel.AXIS),
-            train.view,
-            config.seed,
-            train.mix,
-            label_smoothing=config.label_smoothing,
-            loss=losses.choose(config.loss),
-            aux_weight=config.aux_weight,
-        )
-        step_function = functools.partial(
-            train_step, objective=objective, optimizer=optimizer, ema_decay=config.ema.decay, ema_warmup=config.ema.warmup
-        )
+
+        def objective_at(resolution):
+            return Objective(
+                network.clone(axis_name=parallel.AXIS),
+                train.view(resolution),
+                config.seed,
+                train.mix,
+                label_smoothing=config.label_smoothing,
+                loss=losses.choose(config.loss),
+                aux_weight=config.aux_weight,
+            )
+
+        @functools.lru_cache(maxsize=1)  # the program of one resolution at a time
+        def program(resolution):
+            step_function = functools.partial(
+                train_step,
+                objective=objective_at(resolution),
+                optimizer=optimizer,
+                ema_decay=config.ema.decay,
+                ema_warmup=config.ema.warmup,
+            )
+            update = parallel.map_over_devices(interrupt.agree(step_function), mesh, batch_axis=1, outputs=2, donate=True)
+            return update.lower(state, batch, train.store).compile()
+
         report.say(f"{config.model.name} on {data.name}, {mesh.size} {jax.devices()[0].device_kind}: {workdir}")
         stop = interrupt.StopRequest()
         with report.busy("compiling"):
-            update = parallel.map_over_devices(interrupt.agree(step_function), mesh, batch_axis=1, outputs=2, donate=True)
-            update = update.lower(state, stop.add(train.batch(first_step), mesh, batch_axis=1), train.store).compile()
+            batch = stop.add(train.batch(first_step), mesh, batch_axis=1)
+            program(train.resolution(first_step))
             evaluator = make_evaluator(network, test, state, stop)
 
         # Run directory: nothing is written before everything above has been accepted
@@ -97,7 +124,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
         stack.enter_context(stop)  # left last: a save that is under way is awaited inside it
         stack.enter_context(checkpoint.resumable(workdir))
         stack.enter_context(runlog.exclusive(workdir))
-        checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints"))
+        checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep))
         if (checkpoints.newest or 0) != first_step:  # before the log below drops what lies after first_step
             raise errors.UsageError(f"another process has trained in {workdir} meanwhile; the same command goes on from there")
         runlog.write_manifest(workdir, config=config, data=data, total_steps=total_steps, first_step=first_step)
@@ -111,7 +138,9 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
 
         def refuse_nonfinite(values, names, step, state):
             def why():  # a step whose loss or gradient is not finite has left the state as it was before
-                return nonfinite.cause_of(state, train.batch(int(state.step)), train.store, objective=objective, mesh=mesh)
+                at = int(state.step)
+                objective = objective_at(train.resolution(at))
+                return nonfinite.cause_of(state, train.batch(at), train.store, objective=objective, mesh=mesh)
 
             check_finite(values, names, step, checkpoints.newest, why)
 
@@ -138,7 +167,10 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             with clock.waiting():
                 batch = stop.add(train.batch(step - 1), mesh, batch_axis=1)
             processes.note(step, checkpoints.newest)
-            state, measured = update(state, batch, train.store)
+            resolution = train.resolution(step - 1)
+            if step - 1 > first_step and resolution != train.resolution(step - 2):
+                report.say(f"step {step}: images of {resolution} pixels, compiling")
+            state, measured = program(resolution)(state, batch, train.store)
             values = {name: float(value) for name, value in stop.read(jax.device_get(measured)).items()}
             clock.count_step()
             epoch = step / train.steps_per_epoch

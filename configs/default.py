@@ -12,6 +12,7 @@ Durations have their unit in their name; where a key exists in epochs and in ste
 
 from ml_collections import ConfigDict
 
+from cnnfamily.data.known import KNOWN
 from cnnfamily.errors import unknown
 from cnnfamily.models import model_config
 
@@ -19,12 +20,13 @@ from cnnfamily.models import model_config
 IMAGENET = {
     "source": "tfds:imagenet2012",
     "fit": "crop",
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
+    "mean": KNOWN["imagenet2012"].mean,
+    "std": KNOWN["imagenet2012"].std,
 }
+ONE_RESOLUTION = {"train_resolutions": (), "train_boundaries_epochs": ()}
 # `augment` without any change of the images that it could make
 AS_IT_IS = {
-    **{"crop_padding": 0, "shift": 0, "flip": False, "policy": "", "jitter": 0.0, "light": 0.0},
+    **{"repeats": 1, "crop_padding": 0, "shift": 0, "flip": False, "policy": "", "jitter": 0.0, "light": 0.0},
     **{"erasing": 0.0, "cutout_side": 0, "mixup": 0.0, "cutmix": 0.0},
 }
 
@@ -50,6 +52,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.source = "digits"  # digits, npz:PATH, idx:DIR, tfds:NAME, folder:PATH or fake
     config.data.dir = ""  # where tfds: looks (else TFDS_DATA_DIR, else ~/tensorflow_datasets), and folder: for relative paths
     config.data.resolution = 0  # side of the images in pixels; 0: the network's own (model.resolution)
+    config.data.train_resolutions = ()  # sides in training where they differ from those in evaluation, one after another
+    config.data.train_boundaries_epochs = ()  # when the second, the third, ... begins
     # "pad" puts images in the middle of black, as LeNet-5's paper does; "crop" is for photographs, decoded when needed: a
     # random part in training (augment.crop_*), the middle in evaluation.
     config.data.fit = "resize"  # whole images made square
@@ -62,9 +66,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.bad_images = "stop"  # or "replace": by the next good one, with a warning
     config.data.mean = ()  # of pixels scaled to 0..1, one number a channel; (): measured on the training images
     config.data.std = ()
+    config.data.zca_epsilon = 0.0  # small images are whitened (ZCA) in place of mean and std, 1e-2 for example; 0: not
     config.data.device_megabytes = 2048  # a split up to this size is kept on each device, a larger one is sent in batches
 
     config.augment = ConfigDict()  # changes of training images, made on the device; 0 or False: none
+    config.augment.repeats = 1  # times that an image stands in a batch, changed unlike; an epoch sees so many fewer
     config.augment.crop_scale = (0.08, 1.0)  # data.fit="crop": share of the area that a random part has, on the host
     config.augment.crop_ratio = (3 / 4, 4 / 3)  # and its width over its height
     config.augment.crop_shorter = ()  # instead: shorter side drawn between two numbers of pixels, then a square cut out
@@ -111,9 +117,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluate = ConfigDict()
     config.evaluate.every_epochs = 1.0  # each evaluation is followed by a checkpoint
     config.evaluate.batch_size = 512  # at most; a smaller test split is one batch
+    config.evaluate.crops = 1  # views whose probabilities are averaged; 2: mirrored too; 10: corners and middle, mirrored too
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 0  # further checkpoints between evaluations; 0: none
+    config.checkpoint.keep = 2  # newest ones that are kept beside the best; more for `evaluate --average`
 
     config.log = ConfigDict()
     config.log.every_steps = 50  # a training line, the mean over the steps since the last; one at every evaluation too
@@ -144,7 +152,7 @@ def digits(config: ConfigDict, *, epochs: float) -> None:
             "total_steps": 0,
             "label_smoothing": 0.1,
             "model": {"num_classes": 10},
-            "data": {"source": "digits", "resolution": 32, "fit": "resize", "mean": (), "std": ()},
+            "data": {"source": "digits", "resolution": 32, "fit": "resize", "mean": (), "std": ()} | ONE_RESOLUTION,
             "augment": AS_IT_IS | {"shift": 3},
             "optim": {
                 "name": "adamw",
@@ -161,7 +169,7 @@ def digits(config: ConfigDict, *, epochs: float) -> None:
                 "end_factor": 0.0,
             },
             "ema": {"decay": 0.0, "warmup": True},
-            "evaluate": {"every_epochs": max(1.0, float(round(epochs / 8))), "batch_size": 512},
+            "evaluate": {"every_epochs": max(1.0, float(round(epochs / 8))), "batch_size": 512, "crops": 1},
             "checkpoint": {"every_steps": 0},
             "log": {"every_steps": 1437 // 64},  # once an epoch
         }
@@ -196,9 +204,11 @@ def smoke(config: ConfigDict) -> None:
             "model": {"num_classes": 10},
             "data": {"source": "fake:n=64,size=32,channels=3,classes=10", "resolution": 32, "fit": "resize"},
             "optim": {"warmup_epochs": min(0.5, config.optim.warmup_epochs), "warmup_steps": min(2, config.optim.warmup_steps)},
-            "evaluate": {"every_epochs": 0.5},
+            "evaluate": {"every_epochs": 0.5, "crops": min(config.evaluate.crops, 2)},
         }
     )
+    sides = (24, 32)[: len(config.data.train_resolutions)]
+    config.data.update({"train_resolutions": sides, "train_boundaries_epochs": (0.5,)[: len(sides) - 1]})
     model = config.model
     if "norm_group" in model:
         model.norm_group = 0

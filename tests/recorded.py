@@ -62,7 +62,7 @@ def twenty_steps(form: str, group: int, mesh: Mesh, micro_batches: int):
     train = feed.TrainFeed(digits(), config, mesh)
     network, variables = small_network(form, group)
     state = create_state(variables, optimizer, ema=True)
-    objective = Objective(network.clone(axis_name="data"), train.view, 3, train.mix, label_smoothing=0.1)
+    objective = Objective(network.clone(axis_name="data"), train.view(32), 3, train.mix, label_smoothing=0.1)
     step = functools.partial(train_step, objective=objective, optimizer=optimizer, ema_decay=0.9, record=True)
     update = parallel.map_over_devices(step, mesh, batch_axis=1, outputs=2)
     state, recorded = parallel.replicate(state, mesh), []

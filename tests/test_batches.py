@@ -48,6 +48,15 @@ def test_a_step_does_not_depend_on_the_steps_before_it():
         np.testing.assert_array_equal(train_indices(2, np.int32(step), 17, 4), forwards[step])
 
 
+def test_repeats_stand_far_apart_and_an_epoch_sees_so_many_fewer():
+    steps = [train_indices(2, step, 24, 8, 4) for step in range(6)]
+    for step, index in enumerate(steps):
+        first = step % 3 * 2
+        np.testing.assert_array_equal(index.reshape(4, 2), [epoch_order(2, step // 3, 24)[first : first + 2]] * 4)
+    with pytest.raises(UsageError, match=r"augment\.repeats=3; expected a divisor of batch_size=8"):
+        train_indices(0, 0, 24, 8, 3)
+
+
 def test_a_batch_of_the_whole_set():
     assert sorted(train_indices(0, 5, 7, 7).tolist()) == list(range(7))
 

@@ -173,7 +173,7 @@ CHANGES = {
 def test_images_are_changed_as_the_papers_say(file):
     part, interpolation, changes = CHANGES[file]
     config = configs.load_config(f"configs/{file}.py")
-    crop = feed.training_crop(config)
+    crop = feed.training_crop(config, feed.resolution_of(config))
     assert part == (crop.shorter if config.augment.crop_shorter else crop.scale)
     assert config.augment.crop_shorter or crop.ratio == (3 / 4, 4 / 3)
     assert crop.resolution == config.model.resolution

@@ -101,7 +101,7 @@ def test_the_loss_has_a_share_of_each_auxiliary_classifier(x64):
     keys = rng.example_keys(rng.step_key(3, 0, rng.AUGMENT), jnp.arange(BATCH, dtype=jnp.int32))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits, updates = network.apply(
-        variables, view(keys, batch["images"][0]), train=True, mutable=["batch_stats", "aux_logits"]
+        variables, view(keys, batch["images"][0], {}), train=True, mutable=["batch_stats", "aux_logits"]
     )
     targets = jax.nn.one_hot(batch["labels"][0], 10)
     terms = [losses.cross_entropy(x, targets).mean() for x in (logits, *jax.tree.leaves(updates["aux_logits"]))]

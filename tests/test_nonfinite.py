@@ -22,7 +22,7 @@ def prepared(form: str, micro_batches: int = 1):
     network = create_model("resnet20_cifar", stage_sizes=(1, 1), filters=4, **fields)
     mesh = mesh_of(2)
 
-    def view(keys, images):  # one image of the global batch may be 255: the only one that overflows below
+    def view(keys, images, store):  # one image of the global batch may be 255: the only one that overflows below
         return jnp.where(images == 255, jnp.float32(3e38), images.astype(jnp.float32) / 64 - 1)
 
     objective = Objective(network.clone(axis_name="data"), view, seed=0)
@@ -89,7 +89,7 @@ class Roots(nn.Module):
 @pytest.mark.parametrize(("two", "expected"), [(True, "gradient of last/scale"), (False, "gradient of first/scale")])
 def test_gradients_are_looked_at_from_the_last_layer_to_the_first(two, expected):
     network = Roots(two)
-    objective = Objective(network, lambda keys, images: images.astype(jnp.float32), seed=0)
+    objective = Objective(network, lambda keys, images, store: images.astype(jnp.float32), seed=0)
     batch = prepared("none")[1]
     batch = batch | {"labels": batch["labels"] % 4}
     variables = {"batch_stats": {}, **network.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))}

@@ -46,15 +46,15 @@ def photographs(bad=()):
     return Photographs(N, read, lambda index: f"{index}.jpg")
 
 
-def centre(picture, index):
+def centre(picture, index, row):
     return CentreCrop(16)(picture)
 
 
 def images(split, index, here=None, **fields):
-    reader = Reader(split, resolution=16, channels=3, **{"workers": 0, **fields})
+    reader = Reader(split, channels=3, **{"workers": 0, **fields})
     try:
         index = np.asarray(index)
-        return reader.images(index, centre, here=np.ones(len(index), bool) if here is None else here), reader.bad_images
+        return reader.images(index, centre, shape=(16, 16, 3), here=here), reader.bad_images
     finally:
         reader.close()
 
@@ -64,7 +64,7 @@ def test_images_are_in_the_order_asked_for_with_any_number_of_workers(workers):
     index = np.random.default_rng(0).permutation(N)
     found, bad = images(photographs(), index, workers=workers)
     for i, pixels, label in zip(index, found["images"], found["labels"], strict=True):
-        np.testing.assert_array_equal(pixels, centre(decode(FILES[i]), i))
+        np.testing.assert_array_equal(pixels, centre(decode(FILES[i]), i, 0))
         assert label == i % 3
     assert bad == 0
 
@@ -316,7 +316,7 @@ def test_a_trained_network_sees_a_photograph_as_its_evaluation_did(folder, train
     test = feed.TestFeed(feed.load_data(config), config, mesh_of(1))
     batch = next(test.batches())
     test.close()
-    expected = np.asarray(jax.nn.softmax(network.apply(variables, test.view(batch["images"]))))
+    expected = np.asarray(jax.nn.softmax(network.apply(variables, test.view(batch["images"], test.store))))
     rows = predict.predict_images(trained[0], sorted((folder / "val").rglob("*.jpg")), top=3)
     for row, probabilities in zip(rows, expected, strict=False):
         assert dict(row) == pytest.approx(dict(zip("abc", probabilities, strict=True)), abs=1e-5)

@@ -23,7 +23,7 @@ def test_the_images_are_those_of_the_step():
     data = feed.load_data(config)
     with contextlib.closing(feed.TrainFeed(data, config, parallel.local_mesh())) as train:
         batch = {name: array[0] for name, array in train.batch(3).items()}
-        objective = Objective(build(config.model), train.view, 5, train.mix)
+        objective = Objective(build(config.model), train.view(32), 5, train.mix)
         seen, _, choices = objective.inputs(jnp.asarray(3), batch, train.store, jnp.float32)
     expected = (np.asarray(seen)[:8] * data.std + data.mean) * 255
     np.testing.assert_allclose(images, np.clip(expected, 0, 255), atol=0.51)

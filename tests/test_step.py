@@ -22,7 +22,7 @@ from cnnfamily.step import Objective, create_state, train_step
 BATCH = 16
 
 
-def view(keys, images):
+def view(keys, images, store):
     images = augment.augment(keys, images, crop_padding=1, flip=True)
     return augment.normalize(images, (0.5,), (0.25,)).astype(jnp.float64)
 
@@ -225,7 +225,7 @@ def test_the_step_of_efficientnet_b0_lowers_for_gpu_and_tpu(form):
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), images)
     state = jax.eval_shape(functools.partial(create_state, optimizer=optimizer, ema=True), variables)
-    normal = functools.partial(feed.train_view, config={"flip": True}, mean=(0.5,) * 3, std=(0.2,) * 3)
+    normal = functools.partial(feed.train_view, config={"flip": True}, mean=(0.5,) * 3, std=(0.2,) * 3, side=224)
     mix = functools.partial(augment.mix, mixup=0.2, cutmix=1.0, group=16)
     objective = Objective(network.clone(axis_name="data"), normal, 0, mix, label_smoothing=0.1)
     step = functools.partial(train_step, objective=objective, optimizer=optimizer, ema_decay=0.9999, ema_warmup=True)

@@ -204,6 +204,15 @@ def normalize(image, mean, std):
     return (image.astype(jnp.float32) / 255 - mean) / std
 
 
+def whiten(images, store):
+    """Images [..., height, width, channels] of pixels scaled to 0..1, whitened if `store` has what `sources.whitening` made."""
+    if "whitening_matrix" not in store:
+        return images
+    flat = images.reshape(*images.shape[:-3], -1) - store["whitening_mean"]
+    # At the default precision GPUs and TPUs would round the operands of a product that takes differences of like numbers.
+    return jnp.matmul(flat, store["whitening_matrix"], precision="highest").reshape(images.shape)
+
+
 def mix(key, position, images, targets, *, mixup: float, cutmix: float, group: int):
     """Blends each image and its targets with those of a partner: mixup, cutmix, or one of them by a coin if both are on.
 

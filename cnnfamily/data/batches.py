@@ -31,11 +31,20 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     return n // batch_size
 
 
-def train_indices(seed: int, step: int, n: int, batch_size: int) -> np.ndarray:
-    """The dataset indices, int32 [batch_size], of global step `step`, counted from 0 over all epochs."""
+def train_indices(seed: int, step: int, n: int, batch_size: int, repeats: int = 1) -> np.ndarray:
+    """The dataset indices, int32 [batch_size], of global step `step`, counted from 0 over all epochs.
+
+    With `repeats` each of batch_size / repeats images stands there so often, that many rows apart, and an epoch, as long as
+    ever, sees the first n / repeats of its order: repeated augmentation (Berman et al. 2019, https://arxiv.org/abs/1902.05509,
+    section 3.3) as in torchvision's recipes. Far apart, so that groups for batch norm and mixing hold different images.
+    """
     epoch, step_in_epoch = divmod(int(step), steps_per_epoch(n, batch_size))
-    start = step_in_epoch * batch_size
-    return epoch_order(seed, epoch, n)[start : start + batch_size]
+    if repeats < 1 or batch_size % repeats:
+        raise UsageError(f"augment.repeats={repeats}; expected a divisor of batch_size={batch_size}")
+    different = batch_size // repeats
+    start = step_in_epoch * different
+    index = epoch_order(seed, epoch, n)[start : start + different]
+    return np.tile(index, repeats) if repeats > 1 else index
 
 
 def eval_batches(n: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -140,12 +140,15 @@ class ScaleCrop:
 class CentreCrop:
     """The shorter side brought to `resize` pixels, then the middle: uint8 `[resolution, resolution, channels]`.
 
-    `resize` 0 stands for the usual 8/7 of the resolution: 256 for 224.
+    `resize` 0 stands for the usual 8/7 of the resolution: 256 for 224. With `corners` also the four corners, for ten-crop
+    testing (Krizhevsky et al. 2012, section 4.1): `[5, resolution, resolution, channels]`, as torchvision's `FiveCrop` orders
+    them: top left, top right, bottom left, bottom right, middle.
     """
 
     resolution: int
     resize: int = 0
     interpolation: str = "bilinear"
+    corners: bool = False
 
     def __post_init__(self):
         _check(self.interpolation, self.resolution)
@@ -153,10 +156,14 @@ class CentreCrop:
             raise UsageError(f"data.resize={self.resize}: expected 0 or at least data.resolution={self.resolution}")
 
     def __call__(self, picture: Image.Image) -> np.ndarray:
-        size = resized_size(picture.size, self.resize or round(self.resolution * 8 / 7))
-        left, top = crop_corner(size, self.resolution)
-        picture = picture.resize(size, FILTERS[self.interpolation])
-        return _pixels(picture.crop((left, top, left + self.resolution, top + self.resolution)))
+        width, height = size = resized_size(picture.size, self.resize or round(self.resolution * 8 / 7))
+        pixels = _pixels(picture.resize(size, FILTERS[self.interpolation]))
+        right, bottom = width - self.resolution, height - self.resolution
+        places = [crop_corner(size, self.resolution)]
+        if self.corners:
+            places = [(0, 0), (right, 0), (0, bottom), (right, bottom), *places]
+        parts = [pixels[top : top + self.resolution, left : left + self.resolution] for left, top in places]
+        return np.stack(parts) if self.corners else parts[0]
 
 
 def _check(interpolation: str, resolution: int) -> None:

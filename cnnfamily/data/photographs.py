@@ -55,10 +55,10 @@ class Reader:
     once a file, and the next image of the split that is good takes its place, with its label.
     """
 
-    def __init__(self, split: Photographs, *, resolution: int, channels: int, workers: int = -1, bad_images: str = "stop"):
+    def __init__(self, split: Photographs, *, channels: int, workers: int = -1, bad_images: str = "stop"):
         if bad_images not in ("stop", "replace"):
             raise unknown("data.bad_images", bad_images, ("stop", "replace"))
-        self._split, self._shape, self._replaces = split, (resolution, resolution, channels), bad_images == "replace"
+        self._split, self._channels, self._replaces = split, channels, bad_images == "replace"
         self._bad: dict[int, str] = {}
         if workers < 0:  # only Linux tells which cores a process may use
             workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -70,21 +70,25 @@ class Reader:
         return len(self._bad)
 
     def images(
-        self, index: np.ndarray, crop: Callable[[Image.Image, int], np.ndarray], *, here: np.ndarray
+        self,
+        index: np.ndarray,
+        crop: Callable[[Image.Image, int, int], np.ndarray],
+        *,
+        shape: tuple[int, ...],
+        here: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
-        """`images` uint8 `[n, resolution, resolution, channels]` and `labels` int32 `[n]` of dataset indices `[n]`.
+        """`images` uint8 `[n, *shape]` and `labels` int32 `[n]` of dataset indices `[n]`.
 
-        `crop` makes that of a picture and its index. What is False in `here` `[n]` is left empty.
+        `crop` makes `shape` of a picture, its index and its row in the batch. What is False in `here` `[n]` is left empty.
         """
-
-        images, labels = np.zeros((len(index), *self._shape), np.uint8), np.zeros(len(index), np.int32)
+        images, labels = np.zeros((len(index), *shape), np.uint8), np.zeros(len(index), np.int32)
 
         def fill(rows: np.ndarray) -> None:
             for i in rows:
                 picture, labels[i], taken = self._picture(int(index[i]))
-                images[i] = crop(picture, taken)
+                images[i] = crop(picture, taken, int(i))
 
-        rows = np.flatnonzero(here)
+        rows = np.arange(len(index)) if here is None else np.flatnonzero(here)
         # Some at a time, for handing over each takes Python's lock (experiments/speed).
         for _ in (self._pool.map if self._pool else map)(fill, np.array_split(rows, max(1, len(rows) // 8))):
             pass
@@ -100,7 +104,7 @@ class Reader:
         for taken in ((index + i) % n for i in range(n)):
             try:
                 data, label = self._split.read(taken)
-                return decode(data, self._shape[2]), label, taken
+                return decode(data, self._channels), label, taken
             except (BadImageError, OSError) as error:
                 text = f"image {self._split.name(taken)} cannot be read: {error}"
             if not self._replaces:

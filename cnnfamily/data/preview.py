@@ -5,6 +5,7 @@ the left of each its original, as an evaluation would see it. `--step=N` takes a
 """
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -30,10 +31,12 @@ def preview(config: ConfigDict, *, step: int = 0, count: int = 24) -> tuple[np.n
     data = feed.load_data(config)
     with contextlib.closing(feed.TrainFeed(data, config, mesh)) as train:
         batch = {name: array[0] for name, array in train.make_batch(step).items()}
-        objective = Objective(build(config.model), train.view, config.seed, train.mix)
+        objective = Objective(build(config.model), train.view(train.resolution(step)), config.seed, train.mix)
         images, targets, _ = jax.jit(objective.inputs, static_argnums=3)(jnp.asarray(step), batch, train.store, jnp.float32)
         index = np.asarray(batch["index"])[:count]
-    pixels = (np.asarray(images, np.float32)[:count] * np.asarray(data.std) + np.asarray(data.mean)) * 255
+    # Whitened pixels have no scale of their own: two deviations to either side of grey.
+    mean, std = (0.5, 0.25) if data.whitening else (np.asarray(data.mean), np.asarray(data.std))
+    pixels = (np.asarray(images, np.float32)[:count] * std + mean) * 255
     names = [_describe(row, data.class_names) for row in np.asarray(targets)[:count]]
     return np.clip(np.round(pixels), 0, 255).astype(np.uint8), _originals(data, config, index), names
 
@@ -49,8 +52,9 @@ def _originals(data: sources.Dataset, config: ConfigDict, index: np.ndarray) -> 
     if not isinstance(data.train, Photographs):
         return data.train.images[index]
     with contextlib.closing(feed.make_reader(data.train, config)) as reader:
-        crop = feed.evaluation_crop(config)
-        return reader.images(index, lambda picture, _: crop(picture), here=np.ones(len(index), bool))["images"]
+        crop = dataclasses.replace(feed.evaluation_crop(config), corners=False)
+        shape = (crop.resolution, crop.resolution, config.model.in_channels)
+        return reader.images(index, lambda picture, *_: crop(picture), shape=shape)["images"]
 
 
 def draw(images: np.ndarray, originals: np.ndarray, names: list[str], file: Path) -> None:
@@ -63,6 +67,9 @@ def draw(images: np.ndarray, originals: np.ndarray, names: list[str], file: Path
     for axes in figure.subplots(rows, columns, squeeze=False).ravel():
         axes.set_axis_off()
     for axes, image, original, name in zip(figure.axes, images, originals, names, strict=False):
+        if image.shape != original.shape:  # trained at another resolution
+            nearest = np.arange(len(original)) * len(image) // len(original)
+            image = image[nearest[:, None], nearest]
         gap = np.full((image.shape[0], max(1, image.shape[1] // 16), image.shape[2]), 255, np.uint8)
         axes.imshow(np.concatenate([original, gap, image], axis=1).squeeze(), cmap="gray", vmin=0, vmax=255)
         axes.set_title(name, fontsize=7)

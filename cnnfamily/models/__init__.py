@@ -106,6 +106,12 @@ def initialize(network: nn.Module, key: jax.Array, *, resolution: int = 0) -> di
     return jax.tree.map(jnp.asarray, variables)
 
 
+def check_resolution(network: nn.Module, resolution: int) -> None:
+    """Raises the `UsageError` with which a network refuses images of `resolution` pixels square, if so; by shapes alone."""
+    images = jax.ShapeDtypeStruct((1, resolution, resolution, network.in_channels), parameter_dtype_of(network.dtype))
+    jax.eval_shape(network.init, jax.random.key(0), images)
+
+
 def _frozen(value: Any) -> Any:
     """Lists (which JSON makes of tuples) as tuples: a linen module's fields must be hashable."""
     return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
