@@ -26,7 +26,7 @@ def make(name: str, arg: str) -> ConfigDict:
         {
             "batch_size": 128,
             "total_epochs": 90.0,
-            "data": default.IMAGENET,
+            "data": default.IMAGENET | {"resize": 256},
             "augment": {"crop_shorter": (256, 256), "flip": True, "light": 0.1},
             "optim": {
                 "name": "sgd",

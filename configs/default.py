@@ -207,7 +207,7 @@ def smoke(config: ConfigDict) -> None:
             "evaluate": {"every_epochs": 0.5, "crops": min(config.evaluate.crops, 2)},
         }
     )
-    sides = (24, 32)[: len(config.data.train_resolutions)]
+    sides = (40, 32)[: len(config.data.train_resolutions)]
     config.data.update({"train_resolutions": sides, "train_boundaries_epochs": (0.5,)[: len(sides) - 1]})
     model = config.model
     if "norm_group" in model:
