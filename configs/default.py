@@ -203,6 +203,7 @@ def smoke(config: ConfigDict) -> None:
             "total_steps": 0,
             "model": {"num_classes": 10},
             "data": {"source": "fake:n=64,size=32,channels=3,classes=10", "resolution": 32, "fit": "resize"},
+            "augment": {"mix_group": 2},  # for up to 8 devices
             "optim": {"warmup_epochs": min(0.5, config.optim.warmup_epochs), "warmup_steps": min(2, config.optim.warmup_steps)},
             "evaluate": {"every_epochs": 0.5, "crops": min(config.evaluate.crops, 2)},
         }

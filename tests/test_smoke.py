@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cnnfamily import config as configs
 from cnnfamily import runlog, train
@@ -27,4 +28,34 @@ def test_smoke(name, tmp_path, monkeypatch):
     assert (result.step, result.metrics["test_examples"]) == (4, 16)
     rows = runlog.read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows if "test_loss" in row] == [2, 4]
+    assert all(np.isfinite(row["train_loss"]) for row in rows if "train_loss" in row)
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """Photographs in ImageNet's shape: folders of synsets, files of 500 x 375 pixels ending in .JPEG; 64 and 16, 4 classes."""
+    root = tmp_path_factory.mktemp("imagenet")
+    for split, count in (("train", 16), ("val", 4)):
+        for label, synset in enumerate(("n01440764", "n01443537", "n02099601", "n03000684")):
+            (root / split / synset).mkdir(parents=True)
+            for i in range(count):
+                coarse = np.random.default_rng((count, label, i)).integers(0, 256, (6, 8, 3), np.uint8)
+                picture = Image.fromarray(coarse).resize((500, 375) if i % 4 else (375, 500), Image.Resampling.BICUBIC)
+                picture.save(root / split / synset / f"{synset}_{i}.JPEG", quality=90)
+    return root
+
+
+RECIPES = [name for name in FILES if configs.load_config(f"configs/{name}.py").data.source == "tfds:imagenet2012"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "resnet50_2021" else [pytest.mark.full]) for n in RECIPES])
+def test_recipe_on_photographs(name, imagenet, tmp_path):
+    """What it cuts out, changes and mixes is the recipe's; only network, images and duration are small."""
+    recipe, config = (configs.load_config(f"configs/{name}.py{form}") for form in ("", ":smoke"))
+    source = {"data.source": f"folder:{imagenet}", "data.fit": "crop", "evaluate.crops": recipe.evaluate.crops}
+    configs.override(config, source)
+    assert (config.augment.to_dict(), config.loss) == (recipe.augment.to_dict() | {"mix_group": 2}, recipe.loss)
+    result = train.run_training(config, tmp_path / "run", quiet=True)
+    assert (result.step, result.metrics["test_examples"]) == (4, 16)
+    rows = runlog.read_metrics(tmp_path / "run")
     assert all(np.isfinite(row["train_loss"]) for row in rows if "train_loss" in row)
