@@ -5,11 +5,15 @@
 The files are scikit-learn's two photographs, cut in pieces of 500 x 375 at different places and saved with quality 93, on
 disk. In turn, with one and two threads: the bare loop (read, decode with simplejpeg, crop and resize with Pillow), the same
 with Pillow's decoder, and a training batch of `folder:` through `TrainFeed`, which also draws the crops, sorts, copies and puts
-the batch on the device. Prints a Markdown table; seconds are those of the wall, rates are per thread.
+the batch on the device. Where Grain is installed, also its threads and its worker processes, with our decoder and crops: after
+the batches that it keeps ready have been taken away, as many images as in the other rounds. Prints a Markdown table; seconds
+are those of the wall, rates are per thread.
 """
 
 import argparse
 import concurrent.futures
+import functools
+import importlib.util
 import io
 import os
 import platform
@@ -26,7 +30,7 @@ from PIL import Image
 from cnnfamily import config as configs
 from cnnfamily import parallel
 from cnnfamily.data import feed
-from cnnfamily.data.decoding import crop_box
+from cnnfamily.data.decoding import TrainCrop, crop_box, decode
 
 
 def write_files(root: Path, count: int) -> list[Path]:
@@ -63,12 +67,40 @@ def with_simplejpeg(data: bytes) -> Image.Image:
     return Image.fromarray(simplejpeg.decode_jpeg(data))
 
 
+def cut(path: Path, rng: np.random.Generator) -> np.ndarray:
+    """What a worker of Grain does of one image; at the top level, for it is sent to other processes."""
+    return TrainCrop(224)(decode(path.read_bytes()), rng)
+
+
+def with_grain(paths: list[Path], workers: int, *, processes: bool) -> float:
+    """Seconds for `len(paths)` images in batches of 32, from started workers that have nothing ready any more."""
+    import grain
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()  # it asks for a flag of its own before it starts a process
+    images = grain.MapDataset.source(paths).seed(0).shuffle().repeat().random_map(cut)
+    threads = grain.ReadOptions(num_threads=1 if processes else workers, prefetch_buffer_size=32)
+    batches = images.to_iter_dataset(threads).batch(32)
+    if processes:
+        options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+        batches = batches.mp_prefetch(options)
+    batches = iter(batches)
+    for _ in range(4 * workers):
+        next(batches)
+    start = time.perf_counter()
+    for _ in range(len(paths) // 32):
+        next(batches)
+    seconds = time.perf_counter() - start
+    batches.close()  # else it would make further ones while the next way is measured
+    return seconds
+
+
 def measure(rounds: int, count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = write_files(Path(folder), count + 2)
         sizes = statistics.mean(path.stat().st_size for path in paths)
         print(f"{len(paths)} files of {sizes / 1000:.0f} kB; {rounds} rounds in turn, medians (smallest to largest)")
-        packages = ("simplejpeg", "pillow", "jax", "numpy")
+        packages = ("simplejpeg", "pillow", "jax", "numpy", *["grain"] * bool(importlib.util.find_spec("grain")))
         print(
             f"{os.cpu_count()} cores; Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in packages)
         )
@@ -89,13 +121,17 @@ def measure(rounds: int, count: int) -> None:
                 "bare, Pillow": lambda threads=threads: bare(paths, with_pillow, threads),
                 "`TrainFeed`": lambda train=train, step=step: train.make_batch(next(step))["images"].block_until_ready(),
             }
+            if importlib.util.find_spec("grain"):
+                for kind in ("threads", "processes"):
+                    ways[f"Grain, {kind}"] = functools.partial(with_grain, paths, threads, processes=kind == "processes")
             rates = {name: [] for name in ways}
             for i in range(rounds + 1):  # the first one warms up
                 for name, way in ways.items():
                     start = time.perf_counter()
-                    way()
+                    measured = way()
+                    seconds = measured if name.startswith("Grain") else time.perf_counter() - start
                     if i:
-                        rates[name].append(len(paths) / threads / (time.perf_counter() - start))
+                        rates[name].append(len(paths) / threads / seconds)
             train.close()
             for name, found in rates.items():
                 shares = [one / other for one, other in zip(found, rates["bare, simplejpeg"], strict=True)]
