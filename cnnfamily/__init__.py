@@ -2,11 +2,12 @@
 
     models/      the networks: layers.py, one file a family; convolution.py chooses how a convolution is computed
     data/        sources.py (what images), batches.py (which, when), augment.py (changed how), feed.py (onto the devices);
-                 preprocessing.py (what images go through before a network with published weights)
+                 known.py (the well-known sets); preprocessing.py (what images go through before published weights)
     step.py      the mathematics of one update; losses.py, optim.py and rng.py belong to it
     train.py     the loop; parallel.py (devices), processes.py and interrupt.py (how several start and all end), checkpoint.py,
                  runlog.py, disk.py, nonfinite.py and progress.py serve it
     weights.py   published weights in and out; naming.py has torch's names, convert.py finds where two networks part
+    sweep.py     runs the rows of a study.py, here or by slurm.py; report.py makes table and figures of them
     evaluate.py  figures of a run; summary.py counts, published.py what papers print; scaling.py width, depth and resolution;
                  config.py reads configs/
 

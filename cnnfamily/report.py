@@ -16,7 +16,7 @@ from scipy import stats
 
 from cnnfamily import disk, errors
 from cnnfamily.errors import UsageError
-from cnnfamily.sweep import read_results
+from cnnfamily.study import read_results
 
 MARKERS, STYLES = "osv^DPX*<>", ("-", "--", ":", "-.")  # told apart in grey too
 
@@ -150,7 +150,8 @@ def draw_accuracy(groups: list[Group], file: Path, title: str) -> None:
             high = [max(group.errors) - mean for mean, group in zip(middle, members, strict=True)]
             style = {"marker": MARKERS[i % len(MARKERS)], "linestyle": STYLES[i // 2 % len(STYLES)], "color": f"C{i}"}
             place.errorbar(x, middle, yerr=[low, high], capsize=3, markersize=6, label=name or "base", **style)
-        place.set(xscale="log", xlabel=label)
+        every = [value for group in groups for value in group.values(key)]
+        place.set(xscale="log" if max(every) > 8 * min(every) else "linear", xlabel=label)
         place.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("test error [%], mean and range of seeds")
     if len(series) > 1:

@@ -14,9 +14,10 @@ from pathlib import Path
 from cnnfamily import config as configs
 from cnnfamily import disk, sweep
 from cnnfamily.errors import UsageError
+from cnnfamily.study import Row, Study
 
 
-def script(study: "sweep.Study", rows: list["sweep.Row"], workdir: Path, path: str, retry: bool) -> str:
+def script(study: Study, rows: list[Row], workdir: Path, path: str, retry: bool) -> str:
     """The batch script of an array with a task for each of `rows`."""
     options = {"job-name": study.name, "array": f"0-{len(rows) - 1}", "output": f"{workdir.resolve()}/slurm-%A_%a.out"}
     options |= {"open-mode": "append", "requeue": True, **study.slurm}
@@ -34,7 +35,7 @@ def script(study: "sweep.Study", rows: list["sweep.Row"], workdir: Path, path: s
     return "\n".join(lines) + "\n"
 
 
-def submit(study: "sweep.Study", workdir: Path, path: str, *, only: str = "", retry: bool = False) -> None:
+def submit(study: Study, workdir: Path, path: str, *, only: str = "", retry: bool = False) -> None:
     """Submits what is missing of a study.
 
     Raises:

@@ -1,0 +1,161 @@
+"""A study: the rows that a sweep file describes, checked, and the results file with what became of them (see `sweep.py`)."""
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib.util
+import json
+import math
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cnnfamily import config as configs
+from cnnfamily import disk, models, optim, runlog, summary
+from cnnfamily.errors import UsageError, unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One run of a study: what it overrides, the whole config, and the hash of that, which is the row's identity."""
+
+    number: int  # from 1, in the order of the sweep
+    overrides: dict[str, Any]
+    config: ConfigDict
+    hash: str
+
+    @property
+    def label(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.overrides.items()) or "base"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A sweep file, expanded."""
+
+    file: Path
+    base: str  # as `--config` takes it
+    rows: list[Row]
+    results: Path
+    slurm: dict[str, Any]  # options of sbatch, from the file's `SLURM`
+
+    @property
+    def name(self) -> str:
+        return self.file.parent.name + self.results.stem.removeprefix("results")
+
+
+def load_study(path: str) -> Study:
+    """The study of `"FILE.py[:NAME]"`, every row of it checked against its config and its network.
+
+    Raises:
+      UsageError: no such file or name, or rows that cannot run or are the same, by their number and overrides.
+    """
+    name, _, argument = path.partition(":")
+    file = next((found for found in (Path(name), configs.REPOSITORY / name) if found.is_file()), None)
+    if file is None:
+        known = [f"experiments/{found.parent.name}/sweep.py" for found in configs.REPOSITORY.glob("experiments/*/sweep.py")]
+        raise unknown("sweep file", name, sorted(known))
+    spec = importlib.util.spec_from_file_location("cnnfamily_sweep", file.resolve())
+    if spec is None or spec.loader is None:
+        raise UsageError(f"sweep file {file}: expected a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        base, expanded = module.BASE, [dict(row) for row in module.sweep()]
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a user's file may do; `--debug` shows where
+        raise UsageError(f"sweep file {file}: {type(error).__name__}: {error}; expected BASE and sweep()") from error
+    if isinstance(base, dict):
+        if argument and argument not in base:
+            raise unknown(f"name in BASE of {file}", argument, base)
+        first = next(iter(base))
+        argument, base = "" if argument == first else argument, base[argument or first]
+    elif argument:
+        raise UsageError(f"sweep file {file}: BASE is {base!r} and has no name {argument!r}; expected a dictionary of configs")
+    rows = [_row(base, number, overrides, file) for number, overrides in enumerate(expanded, start=1)]
+    numbers = {}
+    for number, row in enumerate(rows, start=1):
+        if row.hash in numbers:
+            raise UsageError(f"rows {numbers[row.hash]} and {number} of {file} are the same run: {row.label}")
+        numbers[row.hash] = number
+    if not rows:
+        raise UsageError(f"sweep() of {file} yields no rows")
+    results = file.resolve().parent / (f"results-{argument}.jsonl" if argument else "results.jsonl")
+    return Study(file.resolve(), base, rows, results, dict(getattr(module, "SLURM", {})))
+
+
+def _row(base: str, number: int, overrides: dict[str, Any], file: Path) -> Row:
+    try:
+        config = configs.load_config(base, overrides)
+        configs.check(config)
+        models.build(config.model)
+        optim.learning_rate_schedule(config.optim, total_steps=10**6, steps_per_epoch=1000, batch_size=config.batch_size)
+    except UsageError as error:
+        raise UsageError(f"row {number} of {file} {overrides}: {error}") from error
+    flat = json.dumps(configs.flatten(config), sort_keys=True)
+    return Row(number, overrides, config, disk.digest(flat)[:12])
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file, the newest of each run; a line that a full disk cut short is none."""
+    rows = {}
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and "hash" in row:
+                    rows[row["hash"]] = row
+    return list(rows.values())
+
+
+def append_result(path: Path, row: dict[str, Any]) -> None:
+    """Adds a line, whole and on the disk itself, whoever else adds one.
+
+    Raises:
+      DiskError: it cannot be written; the file is as before.
+    """
+    with disk.writing(path), path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        begun = end and not path.read_bytes().endswith(b"\n")
+        try:
+            file.write("\n" * bool(begun) + json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, end)
+            raise
+
+
+def describe_run(row: Row, run: Path) -> dict[str, Any]:
+    """The line in `results.jsonl` of a finished run; where it averages weights, accuracy and loss are those of the averages."""
+    metrics, manifest = runlog.read_metrics(run), runlog.read_manifest(run)
+    session = manifest["sessions"][-1]
+    config = row.config
+    counts = summary.summarize(models.build(config.model), resolution=config.data.resolution or config.model.resolution)
+    prefix = "ema_test_" if config.ema.decay else "test_"
+    evaluated = [line for line in metrics if f"{prefix}top1" in line]
+    timing = [line["timing"] for line in metrics if "timing" in line]
+    # The first interval holds what is slow only once.
+    rates = [part["images_per_second"] for part in (timing[1:] or timing)]
+    return {
+        "row": row.number,
+        "hash": row.hash,
+        "status": "done",
+        "overrides": row.overrides,
+        "seed": config.seed,
+        "commit": session["commit"],
+        "device": f"{session['devices']['count']} {session['devices']['kind']}",
+        "versions": session["versions"] | {"python": session["python"]},
+        "params": counts.params,
+        "macs": counts.macs,
+        "top1": evaluated[-1][f"{prefix}top1"],
+        "loss": evaluated[-1][f"{prefix}loss"],
+        "seconds": round(math.fsum(part["seconds"] for part in timing), 2),
+        "images_per_second": round(statistics.median(rates), 1),
+        "curve": [[line["epoch"], line[f"{prefix}top1"]] for line in evaluated],
+    }
