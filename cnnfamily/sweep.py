@@ -28,6 +28,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from cnnfamily import errors
 from cnnfamily.errors import UsageError
 from cnnfamily.study import Row, Study, append_result, describe_run, load_study, read_results
@@ -218,6 +220,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.jobs < 0:
         raise UsageError(f"--jobs={arguments.jobs}: expected 0 (one a GPU) or more")
+    jax.config.update("jax_platforms", "cpu")  # the runner counts and compares: the GPUs are for its runs
     study = load_study(arguments.sweep)
     workdir = arguments.workdir or Path("runs") / study.name
     if arguments.dry_run:
