@@ -17,15 +17,17 @@ from cnnfamily.errors import UsageError
 from cnnfamily.study import Row, Study
 
 
-def script(study: Study, rows: list[Row], workdir: Path, path: str, retry: bool) -> str:
-    """The batch script of an array with a task for each of `rows`."""
+def script(study: Study, rows: list[Row], workdir: Path, arguments: list[str], retry: bool) -> str:
+    """The batch script of an array with a task for each of `rows`; `arguments` are the sweep file and overrides for all."""
     options = {"job-name": study.name, "array": f"0-{len(rows) - 1}", "output": f"{workdir.resolve()}/slurm-%A_%a.out"}
     options |= {"open-mode": "append", "requeue": True, **study.slurm}
     lines = ["#!/bin/bash"]
     for name, value in options.items():
         if value is not False:
             lines.append(f"#SBATCH --{name}" + ("" if value is True else f"={value}"))
-    command = [sys.executable, "-m", "cnnfamily.sweep", f"--sweep={path}", f"--workdir={workdir.resolve()}", "--jobs=1"]
+    sweep_file, *overrides = arguments
+    command = [sys.executable, "-m", "cnnfamily.sweep", f"--sweep={sweep_file}", *overrides]
+    command += [f"--workdir={workdir.resolve()}", "--jobs=1"]
     lines += [
         f"cd {shlex.quote(str(configs.REPOSITORY))}",
         f"rows=({' '.join(row.hash for row in rows)})",
@@ -35,7 +37,7 @@ def script(study: Study, rows: list[Row], workdir: Path, path: str, retry: bool)
     return "\n".join(lines) + "\n"
 
 
-def submit(study: Study, workdir: Path, path: str, *, only: str = "", retry: bool = False) -> None:
+def submit(study: Study, workdir: Path, arguments: list[str], *, only: str = "", retry: bool = False) -> None:
     """Submits what is missing of a study.
 
     Raises:
@@ -45,15 +47,15 @@ def submit(study: Study, workdir: Path, path: str, *, only: str = "", retry: boo
         raise UsageError(
             "--launcher=slurm: there is no sbatch here; expected a machine that submits to Slurm, or --launcher=local"
         )
-    _, _, argument = path.partition(":")
-    path = str(study.file) + (f":{argument}" if argument else "")
+    _, colon, name = arguments[0].partition(":")
+    arguments = [f"{study.file}{colon}{name}", *arguments[1:]]
     runner = sweep.Runner(study, workdir, jobs=1, retry=retry)
     done = runner.finished()
     rows = [row for row in study.rows if row.hash not in done and (only in row.label or only == row.hash)]
     if not rows:
         print(f"nothing to submit: {len(done)} of {len(study.rows)} rows have ended")
         return
-    disk.write_whole(workdir / "slurm.sh", script(study, rows, workdir, path, retry))
+    disk.write_whole(workdir / "slurm.sh", script(study, rows, workdir, arguments, retry))
     sent = subprocess.run(["sbatch", "--parsable", str(workdir / "slurm.sh")], capture_output=True, text=True)
     if sent.returncode:
         raise UsageError(f"sbatch refuses {workdir / 'slurm.sh'}: {sent.stderr.strip()}")

@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import fcntl
 import importlib.util
+import inspect
 import json
 import math
 import os
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,8 @@ class Study:
         return self.file.parent.name + self.results.stem.removeprefix("results")
 
 
-def load_study(path: str) -> Study:
-    """The study of `"FILE.py[:NAME]"`, every row of it checked against its config and its network.
+def load_study(path: str, common: Mapping[str, Any] | None = None) -> Study:
+    """The study of `"FILE.py[:NAME]"`, each row checked against its config and its network; `common` overrides hold for all.
 
     Raises:
       UsageError: no such file or name, or rows that cannot run or are the same, by their number and overrides.
@@ -64,14 +66,16 @@ def load_study(path: str) -> Study:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        base, expanded = module.BASE, [dict(row) for row in module.sweep()]
+        base = module.BASE
+        if isinstance(base, dict) and argument and argument not in base:
+            raise unknown(f"name in BASE of {file}", argument, base)
+        chosen = (argument or next(iter(base)),) if inspect.signature(module.sweep).parameters else ()
+        expanded = [{**(common or {}), **row} for row in module.sweep(*chosen)]
     except UsageError:
         raise
     except Exception as error:  # whatever a user's file may do; `--debug` shows where
         raise UsageError(f"sweep file {file}: {type(error).__name__}: {error}; expected BASE and sweep()") from error
     if isinstance(base, dict):
-        if argument and argument not in base:
-            raise unknown(f"name in BASE of {file}", argument, base)
         first = next(iter(base))
         argument, base = "" if argument == first else argument, base[argument or first]
     elif argument:

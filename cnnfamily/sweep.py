@@ -9,10 +9,12 @@ A sweep file has `BASE`, a config as `--config` takes it, and `sweep()`, a gener
             for seed in range(3):
                 yield {"model.width": width, "seed": seed}
 
-`BASE` may be a dictionary of configs by name; `--sweep=FILE.py:NAME` takes that of a name, the first without, and its rows go
-to `results-NAME.jsonl`. Every row is checked before the first runs; each runs in a process of its own, in `runs/STUDY/HASH`,
-and is known by the hash of its whole config. Started again, the command goes on with what is missing, several at once share the
-rows, and `--retry` runs failed ones again. `python -m cnnfamily.report experiments/STUDY` makes table and figures.
+`BASE` may be a dictionary of configs by name: `--sweep=FILE.py:NAME` takes that of a name, the first without, a `sweep(name)`
+is told which, and the rows go to `results-NAME.jsonl`. `--config.KEY=VALUE` holds for all rows.
+
+Every row is checked before the first runs; each runs in a process of its own, in `runs/STUDY/HASH`, and is known by the hash of
+its whole config. Started again, the command goes on with what is missing, several at once share the rows, and `--retry` runs
+failed ones again. `python -m cnnfamily.report experiments/STUDY` makes table and figures.
 """
 
 import contextlib
@@ -30,6 +32,7 @@ from typing import Any
 
 import jax
 
+from cnnfamily import config as configs
 from cnnfamily import errors
 from cnnfamily.errors import UsageError
 from cnnfamily.study import Row, Study, append_result, describe_run, load_study, read_results
@@ -217,11 +220,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="checks and lists the rows")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose overrides or hash have it")
     parser.add_argument("--retry", action="store_true", help="runs failed rows again")
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
     if arguments.jobs < 0:
         raise UsageError(f"--jobs={arguments.jobs}: expected 0 (one a GPU) or more")
     jax.config.update("jax_platforms", "cpu")  # the runner counts and compares: the GPUs are for its runs
-    study = load_study(arguments.sweep)
+    study = load_study(arguments.sweep, configs.read_overrides(rest, "--sweep=, --workdir=, --launcher=, --jobs=, --only="))
     workdir = arguments.workdir or Path("runs") / study.name
     if arguments.dry_run:
         ended = {row["hash"]: row["status"] for row in read_results(study.results)}
@@ -231,7 +234,7 @@ def main(argv: list[str]) -> None:
     if arguments.launcher == "slurm":
         from cnnfamily import slurm
 
-        slurm.submit(study, workdir, arguments.sweep, only=arguments.only, retry=arguments.retry)
+        slurm.submit(study, workdir, [arguments.sweep, *rest], only=arguments.only, retry=arguments.retry)
         return
     run_study(study, workdir, jobs=arguments.jobs, only=arguments.only, retry=arguments.retry)
 

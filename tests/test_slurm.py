@@ -37,13 +37,13 @@ def study(tmp_path):
 
 
 def test_the_script_is_an_array_with_the_options_of_the_study(study, tmp_path):
-    text = slurm.script(study, study.rows, tmp_path, "x/sweep.py", retry=True)
+    text = slurm.script(study, study.rows, tmp_path, ["x/sweep.py", "--config.total_epochs=2"], retry=True)
     lines = text.splitlines()
     assert lines[0] == "#!/bin/bash"
     assert {"#SBATCH --array=0-2", "#SBATCH --time=00:10:00", "#SBATCH --cpus-per-task=1", "#SBATCH --requeue"} <= set(lines)
     assert not any("exclusive" in line for line in lines)
     assert f"rows=({' '.join(row.hash for row in study.rows)})" in lines
-    assert "--sweep=x/sweep.py" in lines[-1]
+    assert "--sweep=x/sweep.py --config.total_epochs=2 --workdir=" in lines[-1]
     assert lines[-1].startswith("exec ")
     assert lines[-1].endswith('--retry --only="${rows[$SLURM_ARRAY_TASK_ID]}"')
 
@@ -51,7 +51,7 @@ def test_the_script_is_an_array_with_the_options_of_the_study(study, tmp_path):
 def test_without_slurm_one_line_says_so(study, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UsageError, match="there is no sbatch here; expected a machine that submits to Slurm"):
-        slurm.submit(study, tmp_path, "x/sweep.py")
+        slurm.submit(study, tmp_path, ["x/sweep.py"])
 
 
 def wait_for(condition, seconds=180):

@@ -49,6 +49,18 @@ def test_rows_are_overrides_of_a_base_and_known_by_their_whole_config(study):
     assert (other.name, other.results.name) == ("study-mnist", "results-mnist.jsonl")
 
 
+def test_overrides_for_all_rows(study, tmp_path):
+    study()
+    rows = study_file.load_study(str(tmp_path / "study/sweep.py"), {"total_epochs": "3", "seed": "9"}).rows
+    assert [(row.config.total_epochs, row.config.seed) for row in rows] == [(3.0, 0), (3.0, 1)] * 2, "a row's own come last"
+
+
+def test_a_sweep_may_ask_for_the_name_of_its_base(study):
+    text = ROWS.replace("def sweep():", "def sweep(name):").replace('"seed": seed', '"seed": seed + len(name)')
+    assert [row.overrides["seed"] for row in study(text).rows[:2]] == [0, 1]
+    assert [row.overrides["seed"] for row in study(text, "mnist").rows[:2]] == [5, 6]
+
+
 @pytest.mark.parametrize(
     ("change", "name", "message"),
     [

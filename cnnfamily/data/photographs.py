@@ -115,23 +115,24 @@ class Reader:
 
 
 class Ahead:
-    """The values of a function of 0, 1, 2, ...: made in a thread, `ahead` of them before they are asked for."""
+    """The values of a function of 0, 1, 2, ...: made in threads, `ahead` of them before they are asked for."""
 
     def __init__(self, make: Callable[[int], Any], ahead: int):
         self._make, self._ahead, self._futures = make, ahead, {}
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "ahead") if ahead else None
+        # Two: while one copies a batch to the device, the other keeps those busy that decode (experiments/speed).
+        self._threads = concurrent.futures.ThreadPoolExecutor(min(ahead, 2), "ahead") if ahead else None
 
     def __call__(self, number: int) -> Any:
-        if not self._thread:
+        if not self._threads:
             return self._make(number)
         wanted = range(number, number + self._ahead + 1)
         for other in set(self._futures) - set(wanted):
             self._futures.pop(other).cancel()
         for other in wanted:
             if other not in self._futures:
-                self._futures[other] = self._thread.submit(self._make, other)
+                self._futures[other] = self._threads.submit(self._make, other)
         return self._futures[number].result()
 
     def close(self) -> None:
-        if self._thread:
-            self._thread.shutdown(cancel_futures=True)
+        if self._threads:
+            self._threads.shutdown(cancel_futures=True)

@@ -10,7 +10,7 @@ def get_config(arg: str) -> ConfigDict:
     config.update(
         {
             "batch_size": 64,
-            "total_epochs": 10.0,
+            "total_epochs": 5.0,
             "label_smoothing": 0.1,
             "model": {"num_classes": 5, "norm_momentum": 0.9, "stochastic_depth": 0.0},
             "data": {"source": "folder:flowers", "resolution": 128, "fit": "crop", "resize": 128},
