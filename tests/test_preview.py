@@ -2,6 +2,7 @@
 
 import contextlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ def test_the_images_are_those_of_the_step():
     with contextlib.closing(feed.TrainFeed(data, config, parallel.local_mesh())) as train:
         batch = {name: array[0] for name, array in train.batch(3).items()}
         objective = Objective(build(config.model), train.view(32), 5, train.mix)
-        seen, _, choices = objective.inputs(jnp.asarray(3), batch, train.store, jnp.float32)
+        inputs = jax.jit(objective.inputs, static_argnums=3)
+        seen, _, choices = inputs(jnp.asarray(3), batch, train.store, jnp.float32)
     expected = (np.asarray(seen)[:8] * data.std + data.mean) * 255
     np.testing.assert_allclose(images, np.clip(expected, 0, 255), atol=0.51)
     np.testing.assert_array_equal(originals, data.train.images[np.asarray(batch["index"])[:8]])

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from conftest import mesh_of
 from PIL import Image
 
 from cnnfamily import config as configs
-from cnnfamily import runlog, train
+from cnnfamily import parallel, runlog, train
 
 FILES = sorted(path.stem for path in (configs.REPOSITORY / "configs").glob("*.py") if path.stem != "default")
 # LeNet's and EfficientNet's are in test_train.py, with more of what a run can do.
@@ -43,6 +44,12 @@ def imagenet(tmp_path_factory):
                 picture = Image.fromarray(coarse).resize((500, 375) if i % 4 else (375, 500), Image.Resampling.BICUBIC)
                 picture.save(root / split / synset / f"{synset}_{i}.JPEG", quality=90)
     return root
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Eight compile longer, and what they change is tested elsewhere."""
+    monkeypatch.setattr(parallel, "data_mesh", lambda: mesh_of(1))
 
 
 RECIPES = [name for name in FILES if configs.load_config(f"configs/{name}.py").data.source == "tfds:imagenet2012"]

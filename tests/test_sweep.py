@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from conftest import QUICK
 
 from cnnfamily import errors, sweep
 from cnnfamily import study as study_file
@@ -229,26 +230,20 @@ def test_gpus_are_handed_out_one_a_run(monkeypatch):
 
 
 def test_a_study_from_its_file_to_its_results(tmp_path, capsys):
-    """The command itself, with training: a row that trains and one whose loss is not finite."""
+    """The command itself, with training."""
     file = tmp_path / "study" / "sweep.py"
     file.parent.mkdir()
     fields = '"seed": 1, "total_epochs": 1.0, "optim.warmup_epochs": 0.0, "data.source": "fake:n=128,size=32,channels=1"'
-    file.write_text(f"""
-BASE = "configs/lenet5_digits.py"
-
-def sweep():
-    yield {{{fields}}}
-    yield {{"optim.learning_rate": 1e30, "optim.clip_norm": 0.0, {fields}}}
-""")
-    arguments = [f"--sweep={file}", f"--workdir={tmp_path / 'runs'}", "--jobs=2"]
-    done = subprocess.run([sys.executable, "-m", "cnnfamily.sweep", *arguments], capture_output=True, text=True)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert "1 of 2 rows failed" in done.stderr
-    first, second = sorted(study_file.read_results(file.with_name("results.jsonl")), key=lambda row: row["row"])
-    assert (first["status"], second["status"]) == ("done", "failed")
-    assert second["error"].startswith("NonFiniteLoss: loss is nan at step 2")
+    file.write_text(f'BASE = "configs/lenet5_digits.py"\n\n\ndef sweep():\n    yield {{{fields}}}\n')
+    arguments = [f"--sweep={file}", f"--workdir={tmp_path / 'runs'}"]
+    one_device = os.environ | {"XLA_FLAGS": QUICK}  # of the suite's eight they start slowly
+    command = [sys.executable, "-m", "cnnfamily.sweep", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=one_device)
+    assert (done.returncode, done.stderr) == (0, "")
+    (first,) = study_file.read_results(file.with_name("results.jsonl"))
+    assert first["status"] == "done"
     assert first.keys() >= {"overrides", "seed", "commit", "hash", "device", "versions", "params", "macs", "seconds", "loss"}
-    assert (first["seed"], first["params"], first["macs"], first["device"]) == (1, 61_706, 416_520, "8 cpu")
+    assert (first["seed"], first["params"], first["macs"], first["device"]) == (1, 61_706, 416_520, "1 cpu")
     assert first["curve"][-1] == [1.0, first["top1"]]
     sweep.main([*arguments, "--dry-run"])
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["done", "failed"]
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["done"]
