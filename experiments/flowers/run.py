@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=NETWORKS)
     parser.add_argument("--tfds", action="store_true")
     parser.add_argument("--memory", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     folder = arguments.folder.resolve()
     if arguments.tfds:
         compare_with_tfds(folder, arguments.networks)
