@@ -136,8 +136,10 @@ def check(config: ConfigDict) -> None:
     """
     below_one = ("label_smoothing", "ema.decay", "optim.beta2", "optim.momentum")
     lowest = {"data.workers": -1}
-    positive = ("batch_size", "accumulate_steps", "evaluate.every_epochs", "evaluate.batch_size", "log.every_steps")
-    positive += ("checkpoint.keep", "augment.repeats")
+    positive = (
+        *("batch_size", "accumulate_steps", "augment.repeats", "evaluate.every_epochs", "evaluate.batch_size"),
+        *("checkpoint.keep", "log.every_steps"),
+    )
     for key, value in flatten(config).items():
         if key.startswith("model.") or type(value) not in (int, float):
             continue

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from cnnfamily import config as configs
-from cnnfamily import disk, sweep
+from cnnfamily import disk
 from cnnfamily.errors import UsageError
 from cnnfamily.study import Row, Study
 
@@ -49,9 +49,9 @@ def submit(study: Study, workdir: Path, arguments: list[str], *, only: str = "",
         )
     _, colon, name = arguments[0].partition(":")
     arguments = [f"{study.file}{colon}{name}", *arguments[1:]]
-    runner = sweep.Runner(study, workdir, jobs=1, retry=retry)
-    done = runner.finished()
-    rows = [row for row in study.rows if row.hash not in done and (only in row.label or only == row.hash)]
+    workdir.mkdir(parents=True, exist_ok=True)
+    done = study.ended(retry=retry)
+    rows = [row for row in study.select(only) if row.hash not in done]
     if not rows:
         print(f"nothing to submit: {len(done)} of {len(study.rows)} rows have ended")
         return

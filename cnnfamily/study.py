@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from cnnfamily import config as configs
 from cnnfamily import disk, models, optim, runlog, summary
+from cnnfamily.data import feed
 from cnnfamily.errors import UsageError, unknown
 
 
@@ -47,6 +48,24 @@ class Study:
     @property
     def name(self) -> str:
         return self.file.parent.name + self.results.stem.removeprefix("results")
+
+    def select(self, only: str) -> list[Row]:
+        """The rows whose overrides have the text `only`, or whose hash it is.
+
+        Raises:
+          UsageError: there is none.
+        """
+        rows = [row for row in self.rows if only in row.label or only == row.hash]
+        if not rows:
+            raise UsageError(
+                f"--only={only}: no row of {self.file} has that in {', '.join(row.label for row in self.rows[:5])}"
+            )
+        return rows
+
+    def ended(self, *, retry: bool) -> dict[str, dict[str, Any]]:
+        """Results that need no run any more, by hash: those of failed rows too unless `retry`, of killed ones never."""
+        statuses = ("done",) if retry else ("done", "failed")
+        return {row["hash"]: row for row in read_results(self.results) if row["status"] in statuses}
 
 
 def load_study(path: str, common: Mapping[str, Any] | None = None) -> Study:
@@ -140,7 +159,7 @@ def describe_run(row: Row, run: Path) -> dict[str, Any]:
     metrics, manifest = runlog.read_metrics(run), runlog.read_manifest(run)
     session = manifest["sessions"][-1]
     config = row.config
-    counts = summary.summarize(models.build(config.model), resolution=config.data.resolution or config.model.resolution)
+    counts = summary.summarize(models.build(config.model), resolution=feed.resolution_of(config))
     prefix = "ema_test_" if config.ema.decay else "test_"
     evaluated = [line for line in metrics if f"{prefix}top1" in line]
     timing = [line["timing"] for line in metrics if "timing" in line]

@@ -50,12 +50,6 @@ class Runner:
         self._lock, self.stopping = threading.Lock(), False
         workdir.mkdir(parents=True, exist_ok=True)
 
-    def finished(self) -> dict[str, dict[str, Any]]:
-        """What needs no run any more, by hash; a run that was killed is tried again by the next start."""
-        rows = {row["hash"]: row for row in read_results(self.study.results)}
-        ends = ("done",) if self.retry else ("done", "failed")
-        return {name: row for name, row in rows.items() if row["status"] in ends}
-
     def stop(self, signum: int = signal.SIGTERM) -> None:
         """Asks the runs under way to save and end."""
         with self._lock:
@@ -71,7 +65,7 @@ class Runner:
             except BlockingIOError:
                 self.elsewhere.append(row)
                 return None
-            if self.stopping or (row.hash in self.finished()):
+            if self.stopping or row.hash in self.study.ended(retry=self.retry):
                 return None
             self.running[row.hash] = row, time.monotonic()
             try:
@@ -151,10 +145,7 @@ def run_study(study: Study, workdir: Path, *, jobs: int = 0, only: str = "", ret
     jobs = jobs or max(1, len(gpu_names()))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((workdir / "cache").resolve()))  # rows share programs
     runner = Runner(study, workdir, jobs=jobs, retry=retry)
-    rows = [row for row in study.rows if only in row.label or only == row.hash]
-    if not rows:
-        raise UsageError(f"--only={only}: no row of {study.file} has that in {', '.join(row.label for row in study.rows[:5])}")
-    done = runner.finished()
+    rows, done = study.select(only), study.ended(retry=retry)
     waiting = [row for row in rows if row.hash not in done]
     failures, lock, received = [], threading.Lock(), []
 
@@ -164,6 +155,7 @@ def run_study(study: Study, workdir: Path, *, jobs: int = 0, only: str = "", ret
                 if not waiting:
                     return
                 row = waiting.pop(0)
+            start = time.monotonic()
             try:
                 result = runner.run(row, slot)
             except Exception as error:  # of the runner itself, such as a full disk: the others are stopped, and it is raised
@@ -171,7 +163,7 @@ def run_study(study: Study, workdir: Path, *, jobs: int = 0, only: str = "", ret
                 runner.stop()
                 return
             if result:
-                view.ended(row, result)
+                view.ended(row, result, time.monotonic() - start)
 
     def receive(signum: int, frame) -> None:
         runner.stop(signal.SIGKILL if received else signal.SIGTERM)

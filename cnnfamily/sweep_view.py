@@ -18,7 +18,6 @@ class View:
     def __init__(self, runner, rows: list, waiting: list, done: dict[str, dict[str, Any]]):
         self._runner, self._rows, self._waiting = runner, rows, waiting
         self._ended = [(row, done[row.hash], None) for row in rows if row.hash in done]
-        self._began: dict[str, float] = {}
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._live = Live(console=self._console, refresh_per_second=4, transient=False) if self._console.is_terminal else None
 
@@ -33,16 +32,14 @@ class View:
             self.refresh()
             self._live.__exit__(*exception)
 
-    def ended(self, row, result: dict[str, Any]) -> None:
-        """A row of this process has ended with a result."""
-        self._ended.append((row, result, time.monotonic() - self._began.get(row.hash, time.monotonic())))
+    def ended(self, row, result: dict[str, Any], seconds: float) -> None:
+        """A row of this process has ended with a result, after so many seconds."""
+        self._ended.append((row, result, seconds))
         if not self._live:
             self._console.print(f"{self._summary()}  {row.label}: {self._describe(result)}", markup=False)
 
     def refresh(self) -> None:
-        """Renews the table, and notes since when a row runs."""
-        for name, (_, start) in list(self._runner.running.items()):
-            self._began[name] = start
+        """Renews the table."""
         if self._live:
             self._live.update(self._table())
 

@@ -201,6 +201,9 @@ def test_the_mean_of_checkpoints_and_statistics_measured_anew(grown):
     )
     np.testing.assert_allclose(anew["mean"], np.asarray(maps, np.float64).mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(anew["var"], np.asarray(maps, np.float64).var((0, 1, 2)), rtol=1e-4)
+    scaled = network.clone(stochastic_depth=0.5, stochastic_depth_scaling="test")
+    with pytest.raises(UsageError, match="'test' scales branches in evaluation, and statistics are measured as in training"):
+        evaluate.recalibrated(scaled, mean, images)
     metrics = evaluate.evaluate_run(workdir, average=2, crops=10, recalibrate=16)
     assert metrics["test_examples"] == 9
     assert metrics["test_loss"] != evaluate.evaluate_run(workdir)["test_loss"]

@@ -29,8 +29,10 @@ def load_data(config: ConfigDict) -> sources.Dataset:
     Raises:
       UsageError: the source cannot be read, or has more classes than the network.
     """
-    fields = ("dir", "fit", "mean", "std", "resize", "interpolation", "test_share", "split_seed", "workers", "bad_images")
-    fields += ("zca_epsilon",)
+    fields = (
+        *("dir", "fit", "mean", "std", "zca_epsilon", "resize", "interpolation"),
+        *("test_share", "split_seed", "workers", "bad_images"),
+    )
     data = sources.load(
         config.data.source,
         resolution=resolution_of(config),
