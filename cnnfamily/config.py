@@ -16,15 +16,15 @@ from cnnfamily.errors import UsageError, unknown
 from cnnfamily.models import model_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# These belong to the data and the machine, not to the network: they stay when config.model.name is set to another.
-_KEPT_FIELDS = ("num_classes", "dtype", "norm_group")
+# Not of the network but of the data, the machine and the length of a run: they stay when config.model.name is set to another.
+_KEPT_FIELDS = ("num_classes", "dtype", "norm_group", "norm_momentum")
 
 
 def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     """The config of `"FILE.py[:ARG]"` with flat overrides such as `{"model.width": 1.4}`; locked.
 
     FILE is looked for from the working directory, then in the repository. An override may be a value or, as from the command
-    line, its text. Overriding `model.name` takes the fields of that network, but for what belongs to the data.
+    line, its text. Overriding `model.name` takes the fields of that network, but for what belongs to the data and the run.
 
     Raises:
       UsageError: no such file, argument, key or network (the nearest is suggested), or a value of another type.

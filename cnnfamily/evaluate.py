@@ -27,7 +27,8 @@ Evaluator = Callable[[dict, str], dict[str, float | int]]
 def make_evaluator(
     network: nn.Module, test: feed.TestFeed, state: TrainState, stop: interrupt.StopRequest | None = None
 ) -> Evaluator:
-    """A function of (variables, prefix) that evaluates the test split: `{prefix}loss`, `top1`, `top5`, `ece`, `examples`.
+    """A function of (variables, prefix) that evaluates the test split: `{prefix}loss`, `top1`, `top5`, `ece`, `examples`,
+    and `bad_images` if any were replaced.
 
     Every example is seen once on any number of devices; the count is checked. Compiled here, for variables like `state`'s.
     A signal that `stop` hears of ends an evaluation after the batch at hand, with {}: of a large split it takes a minute.
@@ -52,7 +53,8 @@ def make_evaluator(
         total = {name: np.sum([np.asarray(part[name], np.float64) for part in sums], axis=0) for name in sums[0]}
         expected = len(test.split)
         assert total["examples"] == expected, f"evaluated {total['examples']} examples, expected {expected}"
-        return losses.evaluation_metrics(total, prefix)
+        counts = {f"{prefix}{name}": count for name, count in test.counts.items()}
+        return losses.evaluation_metrics(total, prefix) | counts
 
     return evaluate
 
@@ -124,7 +126,8 @@ def evaluate_run(
       recalibrate: training images on which the statistics of batch norm are measured anew; 0: none.
     """
     network, state, config = load_state(Path(workdir), which=which, average=average)
-    return {"step": int(state.step), **_evaluate(network, state, config, crops, recalibrate)}
+    metrics = _evaluate(network, state, config, crops, recalibrate, workdir=Path(workdir))
+    return {"step": int(state.step), **metrics}
 
 
 def evaluate_weights(file: str, config: ConfigDict, *, crops: int = 0, recalibrate: int = 0) -> dict[str, float | int]:
@@ -138,12 +141,19 @@ def evaluate_weights(file: str, config: ConfigDict, *, crops: int = 0, recalibra
 
 
 def _evaluate(
-    network: nn.Module, state: TrainState, config: ConfigDict, crops: int, recalibrate: int
+    network: nn.Module,
+    state: TrainState,
+    config: ConfigDict,
+    crops: int,
+    recalibrate: int,
+    workdir: Path | None = None,
 ) -> dict[str, float | int]:
     config, mesh = config.copy_and_resolve_references(), parallel.data_mesh()
     with config.unlocked():
         config.evaluate.crops = crops or config.evaluate.crops
     data = feed.load_data(config)
+    if workdir:
+        runlog.check_data(workdir, data)
     state = parallel.replicate(state, mesh)
     if recalibrate:
         with contextlib.closing(feed.TestFeed(data, config, mesh, of_training=recalibrate)) as training:

@@ -29,7 +29,7 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """A yes or no for each class, in nats, the mean over classes for each example, `[batch]`; arguments as `cross_entropy`.
 
     Wightman et al. 2021 (https://arxiv.org/abs/2110.00476), section 2.1. With mixed images every class of the mixture is a yes
-    in the paper; here the targets are the shares.
+    in the paper; here the targets are the shares. The gradient of a mean over many classes is small: see `resnet50_a2.py`.
     """
     return optax.sigmoid_binary_cross_entropy(logits, targets).mean(axis=-1)
 

@@ -99,7 +99,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 aux_weight=config.aux_weight,
             )
 
-        @functools.lru_cache(maxsize=1)  # the program of one resolution at a time
+        @functools.cache  # one compilation a resolution
         def program(resolution):
             step_function = functools.partial(
                 train_step,

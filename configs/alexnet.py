@@ -7,7 +7,7 @@ https://papers.nips.cc/paper/4824.
 
 Torchvision's weights have 56.5 % top-1, the paper's network (`alexnet_2012`) 59.3 %. The paper divides the learning rate by 10
 when the validation error stops falling, three times in about 90 epochs; here at fixed epochs, of our choice. What is not here
-of it: the test on ten crops, and weight decay of biases.
+of it: weight decay of biases. `python -m cnnfamily.evaluate --crops=10` tests as the paper does.
 """
 
 from ml_collections import ConfigDict

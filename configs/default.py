@@ -196,6 +196,7 @@ def digits(config: ConfigDict, *, epochs: float) -> None:
 
 def smoke(config: ConfigDict) -> None:
     """Shrinks network, images, batch and duration to seconds; the recipe stays what it is."""
+    repeats = 1 << (config.augment.repeats.bit_length() - 1)  # a power of two, as the batch and the devices
     config.update(
         {
             "batch_size": 16,
@@ -203,7 +204,7 @@ def smoke(config: ConfigDict) -> None:
             "total_steps": 0,
             "model": {"num_classes": 10},
             "data": {"source": "fake:n=64,size=32,channels=3,classes=10", "resolution": 32, "fit": "resize"},
-            "augment": {"mix_group": 2},  # for up to 8 devices
+            "augment": {"mix_group": 2, "repeats": repeats},  # for up to 8 devices
             "optim": {"warmup_epochs": min(0.5, config.optim.warmup_epochs), "warmup_steps": min(2, config.optim.warmup_steps)},
             "evaluate": {"every_epochs": 0.5, "crops": min(config.evaluate.crops, 2)},
         }

@@ -8,8 +8,8 @@ https://github.com/pytorch/vision/blob/main/references/classification/README.md.
 `:digits` gives 98.6 % of the 360 test digits (seed 0 alone) after 24 epochs.
 
 Torchvision's weights have 74.04 % top-1 on ImageNet. The paper has 75.2 %, with RMSProp at 0.1 for 4096, less 1 % every 3
-epochs, and averages of 0.9999; how long, it does not say. What is not here of torchvision's recipe: the mean over its
-last best checkpoints; its weight decay acts on norms and biases too.
+epochs, and averages of 0.9999; how long, it does not say. For torchvision's mean over its last best checkpoints see
+`checkpoint.keep` and `evaluate --average`; what is not here: its weight decay acts on norms and biases too.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@ https://github.com/pytorch/vision/issues/3995, "New Recipe (with FixRes mitigati
     python -m cnnfamily.train --config=configs/resnet50_2021.py:digits   # the embedded digits at 32 pixels
     python -m cnnfamily.train --config=configs/resnet50_2021.py:smoke    # a shrunken network, seconds
 
-`--config.loss=binary_cross_entropy` trains each class by itself, as Wightman et al. 2021 do (https://arxiv.org/abs/2110.00476).
+For a yes or no for each class in place of cross-entropy, with the optimizer that goes with it, see `resnet50_a2.py`.
 What differs: the partner in mixup and cutmix is drawn anew for each image, theirs once a batch; the averages move every step by
 1 - (1 - 0.00109)^(1/32), theirs every 32 steps by 0.00109, which is their 2e-5 times 1024 * 32 / 600; warm-up begins at 0, not
 at 1 %.

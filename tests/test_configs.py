@@ -105,6 +105,8 @@ PAPERS = {
     "resnet50_imagenet": (1024, 90, "sgd", 0.1, 256, 0.9, 1e-4, {29.9: 1, 30.1: 0.1, 60.1: 0.01, 80.1: 0.001}),
     # https://github.com/pytorch/vision/issues/3995: 8 workers of 128; warm-up of 5 epochs, then half a cosine.
     "resnet50_2021": (1024, 600, "sgd", 0.5, 1024, 0.9, 2e-5, {2.5: 0.5, 5: 1, 302.5: 0.5, 599.99: 0}),
+    # Wightman et al. 2021, table 2, A2; the batch is a multiple of three.
+    "resnet50_a2": (2304, 300, "lamb", 5e-3, 0, 0.9, 0.02, {2.5: 0.5, 5: 1, 152.5: 0.5, 299.99: 0}),
     # rn50_16_epochs.yaml and train_imagenet.py of libffcv/ffcv-imagenet; its issue 4: 512 on each of 8 devices.
     "resnet50_fast": (4096, 16, "sgd", 1.7, 4096, 0.9, 1e-4, {1: 0.5, 2: 1, 9: 0.5, 15.3: 0.05}),
     # Hu et al. 2018, section 5.
@@ -128,7 +130,7 @@ FOLLOWERS = {
 def test_recipes_have_the_settings_of_their_papers(source, file):
     batch, epochs, name, rate, reference, momentum, decay, shares = PAPERS[source]
     config = configs.load_config(f"configs/{file}.py")
-    assert config.model.name == re.sub("_(imagenet|2021|fast)", "", file)
+    assert config.model.name == re.sub("_(imagenet|2021|fast|a2)", "", file)
     assert (config.batch_size, config.total_epochs, config.data.source) == (batch, epochs, "tfds:imagenet2012")
     assert (config.optim.name, config.optim.momentum, config.optim.weight_decay) == (name, momentum, decay)
     steps = 1000  # an epoch
@@ -167,6 +169,7 @@ CHANGES = {
         {"repeats": 4, "policy": "trivialaugment", "erasing": 0.1, "mixup": 0.2, "cutmix": 1.0},
     ),
     "resnet50_fast": ((0.08, 1.0), "bilinear", {}),
+    "resnet50_a2": ((0.08, 1.0), "bicubic", {"repeats": 3, "policy": "randaugment", "mixup": 0.1, "cutmix": 1.0}),
     "resnext101_64x4d": ((0.08, 1.0), "bilinear", {}),
     "se_resnet50": ((0.08, 1.0), "bilinear", {}),  # Hu et al. 2018, section 5: "standard practices"
     "mobilenet_v1": ((0.08, 1.0), "bilinear", {"jitter": 0.4}),  # slim's inception_preprocessing; the amount is ours
@@ -209,17 +212,28 @@ def test_images_are_changed_as_the_papers_say(file):
 SIZES = {
     "alexnet_2012": (227, 256, 1, {0: 227}),
     "resnet50_2021": (224, 232, 1, {0: 176}),  # --val-resize-size 232 --train-crop-size 176
+    "resnet50_a2": (224, 236, 1, {0: 224}),  # a test crop ratio of 0.95
+    # preprocessing.py of the authors' code: a margin of 32 pixels in all
+    "efficientnet_b0": (224, 256, 1, {0: 224}),
+    "efficientnet_b4": (380, 412, 1, {0: 380}),
+    "efficientnet_b7": (600, 632, 1, {0: 600}),
     "resnet50_fast": (256, 293, 2, {0: 160, 12: 192}),  # 256 of 8/7 so many; lr_tta; start_ramp 11, end_ramp 13
 }
 
 
-@pytest.mark.parametrize("file", [file for file in CHANGES if "net_b" not in file])
+@pytest.mark.parametrize("file", {**CHANGES, **SIZES})
 def test_images_have_the_sizes_of_the_papers(file):
     config = configs.load_config(f"configs/{file}.py")
     side, shorter, crops, training = SIZES.get(file, (224, 256, 1, {0: 224}))
     crop = feed.evaluation_crop(config)
     assert (crop.resolution, crop.resize or round(crop.resolution * 8 / 7), config.evaluate.crops) == (side, shorter, crops)
     assert feed.training_resolutions(config) == training
+
+
+def test_the_a2_recipe_says_yes_or_no():
+    config = configs.load_config("configs/resnet50_a2.py")
+    assert (config.loss, config.label_smoothing, config.ema.decay) == ("binary_cross_entropy", 0.0, 0.0)
+    assert (config.model.stochastic_depth, config.augment.policy_magnitude, config.optim.clip_norm) == (0.05, 7, 0.0)
 
 
 def test_averages_of_the_2021_recipe():

@@ -2,6 +2,10 @@
 
 import io
 import math
+import struct
+import subprocess
+import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -93,6 +97,42 @@ def test_bytes_after_the_end_do_not_matter():
 def test_bad_images_say_why(data, why):
     with pytest.raises(BadImageError, match=why):
         decode(data)
+
+
+def test_a_bomb_that_pillow_only_warns_of_is_bad_outside_of_tests_too():
+    """In them every warning is an error, whatever the package does."""
+    program = """
+import io
+from PIL import Image
+from cnnfamily.data.decoding import BadImageError, decode
+file = io.BytesIO()
+Image.new("1", (10_000, 10_000)).save(file, "png")
+try:
+    decode(file.getvalue())
+except BadImageError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "decompression bomb" in done.stdout
+
+
+@pytest.mark.parametrize("crop", [CentreCrop(224), ScaleCrop(224, (256, 256))], ids=["centre", "scale"])
+@pytest.mark.parametrize("size", [(1, 400_000), (30_000_000, 1)])
+def test_a_strip_that_would_grow_beyond_the_limit_is_bad(crop, size):
+    arguments = [np.random.default_rng(0)] if isinstance(crop, ScaleCrop) else []
+    with pytest.raises(BadImageError, match=f"it has {size[0]} x {size[1]} pixels, and would have .* when it is cropped"):
+        crop(Image.new("RGB", size), *arguments)
+
+
+def test_colour_of_16_bits_is_divided_by_256():
+    """Pillow does it, and has no picture of such a mode to make one from: the file is put together here."""
+    pixels = np.array([[255, 256, 65535], [511, 512, 65279]], ">u2")
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" + pixels.tobytes()))]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in [*parts, (b"IEND", b"")]
+    )
+    assert np.asarray(decode(png)).tolist() == [[[0, 1, 255], [1, 2, 254]]]
 
 
 def test_a_damaged_cmyk_jpeg_is_bad_too():

@@ -13,7 +13,7 @@ from flax import linen as nn
 from PIL import Image
 from test_photographs import FILES, assert_equal_runs, config_for, data, folder  # noqa: F401
 
-from cnnfamily import checkpoint, errors, evaluate, train
+from cnnfamily import checkpoint, errors, evaluate, parallel, train
 from cnnfamily import config as configs
 from cnnfamily.data import feed, sources
 from cnnfamily.data.decoding import CentreCrop, TrainCrop, decode
@@ -120,10 +120,18 @@ def grown(folder, tmp_path_factory):  # noqa: F811
     return config, workdir
 
 
-def test_a_run_whose_images_grow_ends_with_the_same_bits(grown, tmp_path):
+def test_a_run_whose_images_grow_ends_with_the_same_bits(grown, tmp_path, monkeypatch):
     config, workdir = grown
+    steps, original = [], parallel.map_over_devices
+
+    def map_over_devices(function, *arguments, **options):
+        steps.extend([function] if options.get("donate") else [])
+        return original(function, *arguments, **options)
+
+    monkeypatch.setattr(parallel, "map_over_devices", map_over_devices)
     train.run_training(config, tmp_path / "run", quiet=True)
     assert_equal_runs(tmp_path / "run", workdir)
+    assert len(steps) == 2, "one compilation a size"
 
 
 def test_a_network_for_one_size_is_refused_before_anything_is_written(tmp_path):

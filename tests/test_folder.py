@@ -1,11 +1,14 @@
 """Folders of photographs: which images, in which order, and what is wrong with a folder."""
 
+import contextlib
 import os
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from cnnfamily.data import folder
+from cnnfamily.data.photographs import Reader
 from cnnfamily.errors import UsageError
 
 
@@ -20,6 +23,10 @@ def make(root, files):
 
 def read(root, **fields):
     return folder.read(str(root), **{"test_share": 0.25, "split_seed": 0, **fields})
+
+
+def small(picture, index, row):
+    return np.asarray(picture.resize((8, 8)))
 
 
 def names(split, root):
@@ -40,6 +47,43 @@ def test_train_and_val_in_the_order_of_their_paths(tmp_path):
     assert names(test, root) == ["val/a/0.webp", "val/b/0.gif"]
     assert [train.read(i)[1] for i in range(4)] == [0, 0, 1, 1]
     assert train.read(2)[0] == (root / "train/b/2.JPG").read_bytes()
+
+
+def test_a_link_to_a_folder_that_holds_it_is_refused(tmp_path):
+    """Walked, it would give the images of all classes to this one, forty times over."""
+    root = make(tmp_path / "photos", ["a/1.png", "b/1.png", "b/2.png"])
+    make(tmp_path / "more", ["3.png"])
+    (root / "a/elsewhere").symlink_to(tmp_path / "more")
+    assert sum(len(split) for split in read(root)[1:3]) == 4
+    for target in ("..", "../a", "."):
+        (root / "a/loop").symlink_to(target)
+        with pytest.raises(UsageError, match="a/loop is a link to a folder that holds it"):
+            read(root)
+        (root / "a/loop").unlink()
+
+
+def test_a_link_to_nothing_is_an_image_that_cannot_be_read(tmp_path):
+    root = make(tmp_path, FILES)
+    (root / "train/a/10.png").unlink()
+    (root / "train/a/10.png").symlink_to("nowhere")
+    _, train, *_ = read(root)
+    with pytest.raises(FileNotFoundError):
+        train.read(0)
+    with contextlib.closing(Reader(train, channels=3, bad_images="replace")) as reader:
+        found = reader.images(np.arange(4), small, shape=(8, 8, 3))
+    assert reader.bad_images == 1
+    assert found["labels"].tolist() == [0, 0, 1, 1]
+
+
+def test_formats_are_told_by_content_whatever_the_name(tmp_path):
+    """`make` writes PNG files under all of these names."""
+    _, train, test, *_ = read(make(tmp_path, FILES))
+    for split in (train, test):
+        assert all(split.read(i)[0].startswith(b"\x89PNG") for i in range(len(split)))
+        with contextlib.closing(Reader(split, channels=3)) as reader:
+            pixels = reader.images(np.arange(len(split)), small, shape=(8, 8, 3))["images"]
+        reds = [FILES.index(name) for name in names(split, tmp_path)]
+        assert pixels[:, 0, 0].tolist() == [[red, 0, 0] for red in reds]
 
 
 def test_one_tree_is_split_by_its_seed(tmp_path):

@@ -100,6 +100,23 @@ def test_a_bad_image_is_replaced_by_the_next_good_one_and_counted(capsys):
         images(photographs(), [3], bad_images="ignore")
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_an_error_in_a_thread_ends_the_run(ahead):
+    """Whatever it is: nothing waits for a batch that does not come."""
+
+    def crop(picture, index, row):
+        if index == 11:
+            raise RuntimeError("of index 11")
+        return centre(picture, index, row)
+
+    with contextlib.closing(Reader(photographs(), channels=3, workers=2)) as reader:
+        made = Ahead(lambda number: reader.images(np.arange(number * 8, number * 8 + 8), crop, shape=(16, 16, 3)), ahead)
+        with contextlib.closing(made):
+            assert made(0)["images"].any()
+            with pytest.raises(RuntimeError, match="of index 11"):
+                made(1)
+
+
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 def test_values_made_ahead_are_the_functions(ahead):
     calls = []
@@ -256,7 +273,7 @@ def test_the_same_images_from_tfds_give_the_same_bits(folder, trained, tmp_path)
                 yield i, {"image": path, "label": path.parent.name}
 
     SameAsFolder(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
-    config = training_config("tfds:same_as_folder", **{"data.dir": str(tmp_path), "data.workers": 0})
+    config = training_config("tfds:same_as_folder", **{"data.dir": str(tmp_path), "data.workers": 2})
     train.run_training(config, tmp_path / "run", quiet=True)
     assert_equal_runs(tmp_path / "run", trained[0])
 
@@ -296,9 +313,19 @@ def test_a_bad_photograph_stops_or_is_counted(folder, tmp_path, capsys):
     with pytest.raises(UsageError, match=r"train/b/04\.jpg cannot be read: Premature end of JPEG file"):
         train.run_training(training_config(f"folder:{copy}", **fields), tmp_path / "run", quiet=True)
     fields["data.bad_images"] = "replace"
+    (copy / "val/a/00.jpg").write_bytes(b"")
     train.run_training(training_config(f"folder:{copy}", **fields), tmp_path / "run", quiet=True)
-    assert [row["timing"]["bad_images"] for row in runlog.read_metrics(tmp_path / "run") if "timing" in row] == [1]
+    lines = runlog.read_metrics(tmp_path / "run")
+    assert [row["timing"]["bad_images"] for row in lines if "timing" in row] == [1]
+    assert [(row["test_bad_images"], row["test_examples"]) for row in lines if "test_loss" in row] == [(1, 9)]
     assert capsys.readouterr().err.count("train/b/04.jpg") == 1
+    (copy / "val/a/00.jpg").unlink()
+    with pytest.raises(UsageError, match="data set photographs has changed since this run began"):
+        evaluate.evaluate_run(tmp_path / "run")
+    fields |= {"data.fit": "resize"}
+    capsys.readouterr()
+    feed.load_data(training_config(f"folder:{copy}", **fields))
+    assert "warning: 1 of 24 images were replaced" in capsys.readouterr().err
 
 
 def test_a_folder_of_small_images_is_kept_in_memory(folder):

@@ -55,13 +55,17 @@ def one_device(monkeypatch):
 RECIPES = [name for name in FILES if configs.load_config(f"configs/{name}.py").data.source == "tfds:imagenet2012"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "resnet50_2021" else [pytest.mark.full]) for n in RECIPES])
+IN_THE_SUITE = ("resnet50_2021", "resnet50_fast")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n not in IN_THE_SUITE)) for n in RECIPES])
 def test_recipe_on_photographs(name, imagenet, tmp_path):
     """What it cuts out, changes and mixes is the recipe's; only network, images and duration are small."""
     recipe, config = (configs.load_config(f"configs/{name}.py{form}") for form in ("", ":smoke"))
     source = {"data.source": f"folder:{imagenet}", "data.fit": "crop", "evaluate.crops": recipe.evaluate.crops}
     configs.override(config, source)
-    assert (config.augment.to_dict(), config.loss) == (recipe.augment.to_dict() | {"mix_group": 2}, recipe.loss)
+    shrunken = {"mix_group": 2, "repeats": {3: 2}.get(recipe.augment.repeats, recipe.augment.repeats)}
+    assert (config.augment.to_dict(), config.loss) == (recipe.augment.to_dict() | shrunken, recipe.loss)
     result = train.run_training(config, tmp_path / "run", quiet=True)
     assert (result.step, result.metrics["test_examples"]) == (4, 16)
     rows = runlog.read_metrics(tmp_path / "run")

@@ -247,3 +247,37 @@ def test_a_study_from_its_file_to_its_results(tmp_path, capsys):
     assert first["curve"][-1] == [1.0, first["top1"]]
     sweep.main([*arguments, "--dry-run"])
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["done"]
+
+
+@pytest.mark.full
+def test_a_runner_and_its_run_killed_in_the_middle_change_no_result(tmp_path):
+    """Real training: SIGKILL to both while the second of three rows is between two checkpoints, and the same command again."""
+    text = 'BASE = "configs/lenet5_digits.py"\n\n\ndef sweep():\n    for seed in range(3):\n        yield {"seed": seed}\n'
+    fields = ["--config.total_epochs=4", "--config.checkpoint.every_steps=10", "--config.log.every_steps=5"]
+    environment = os.environ | {"XLA_FLAGS": QUICK}
+    results = {}
+    for name in ("whole", "killed"):
+        file = tmp_path / name / "sweep.py"
+        file.parent.mkdir()
+        file.write_text(text)
+        runs = tmp_path / f"runs-{name}"
+        command = [sys.executable, "-m", "cnnfamily.sweep", f"--sweep={file}", f"--workdir={runs}", *fields]
+        if name == "killed":
+            second = study_file.load_study(str(file), {f[9:].split("=")[0]: f.split("=")[1] for f in fields}).rows[1].hash
+            runner = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+            metrics = runs / second / "metrics.jsonl"
+            while not (metrics.exists() and '"step": 45' in metrics.read_text()):  # checkpoints at 40 and 50
+                assert runner.poll() is None
+                time.sleep(0.01)
+            os.killpg(runner.pid, signal.SIGKILL)  # first: it must not see its run die
+            subprocess.run(["pkill", "-KILL", "-f", f"workdir={runs / second}"], check=True)
+            runner.wait()
+            assert len(study_file.read_results(file.with_name("results.jsonl"))) == 1
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        rows = study_file.read_results(file.with_name("results.jsonl"))
+        clocks = ("seconds", "images_per_second")
+        results[name] = sorted([{k: v for k, v in row.items() if k not in clocks} for row in rows], key=lambda row: row["row"])
+    sessions = json.loads((runs / second / "manifest.json").read_text())["sessions"]
+    assert len(sessions) == 2, "the second row was begun twice"
+    assert [row["status"] for row in results["whole"]] == ["done"] * 3
+    assert results["killed"] == results["whole"]

@@ -88,6 +88,34 @@ def test_encoded_images_and_labels_by_number(prepared):
     assert "tensorflow" not in sys.modules
 
 
+def test_a_class_that_is_none_is_a_bad_image(tmp_path):
+    class Unlabelled(tensorflow_datasets.core.GeneratorBasedBuilder):
+        VERSION = tensorflow_datasets.core.Version("1.0.0")
+
+        def _info(self):
+            kinds = tensorflow_datasets.features
+            features = kinds.FeaturesDict({"image": kinds.Image(), "label": kinds.ClassLabel(num_classes=2)})
+            return tensorflow_datasets.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, label in enumerate((0, 1, -1, 1)):
+                yield i, {"image": io.BytesIO(jpeg("train", i)), "label": label}
+
+    _, train, test, *_ = read(prepare(Unlabelled, tmp_path), "unlabelled")
+    found = []
+    for split in (train, test):
+        for i in range(len(split)):
+            try:
+                found.append(split.read(i)[1])
+            except BadImageError as error:
+                assert str(error) == "its class is -1; expected 0 to 1"  # noqa: PT017
+                found.append(-1)
+    assert sorted(found) == [-1, 0, 1, 1]
+
+
 def as_tfrecords(prepared, directory):
     """The same records in the other format, which only TensorFlow writes."""
     folder = directory / "tiny_imagenet/5.1.0"

@@ -4,7 +4,7 @@ JPEG goes through libjpeg-turbo in its strict mode: of a file with bytes missing
 return a wrong picture without a word, here it is an error wherever the decoder stumbles (a single wrong bit may still decode).
 On undamaged files the pixels are Pillow's, byte for byte. All else, CMYK JPEG included, goes through Pillow. Formats are told
 by content: a PNG named `.JPEG` is read as what it is. An orientation in EXIF data is left alone, as torchvision and TensorFlow
-do; transparency is dropped; 16 bits become 8 by division by 257.
+do; transparency is dropped; 16 bits of grey become 8 by division by 257, of colour (Pillow) by 256.
 """
 
 import dataclasses
@@ -132,7 +132,7 @@ class ScaleCrop:
     def __call__(self, picture: Image.Image, rng: np.random.Generator) -> np.ndarray:
         size = resized_size(picture.size, int(rng.integers(self.shorter[0], self.shorter[1] + 1)))
         left, top = (int(rng.integers(side - self.resolution + 1)) for side in size)
-        picture = picture.resize(size, FILTERS[self.interpolation])
+        picture = _resize(picture, size, self.interpolation)
         return _pixels(picture.crop((left, top, left + self.resolution, top + self.resolution)))
 
 
@@ -157,7 +157,7 @@ class CentreCrop:
 
     def __call__(self, picture: Image.Image) -> np.ndarray:
         width, height = size = resized_size(picture.size, self.resize or round(self.resolution * 8 / 7))
-        pixels = _pixels(picture.resize(size, FILTERS[self.interpolation]))
+        pixels = _pixels(_resize(picture, size, self.interpolation))
         right, bottom = width - self.resolution, height - self.resolution
         places = [crop_corner(size, self.resolution)]
         if self.corners:
@@ -171,6 +171,14 @@ def _check(interpolation: str, resolution: int) -> None:
         raise unknown("data.interpolation", interpolation, FILTERS)
     if resolution < 1:
         raise UsageError(f"data.resolution is {resolution}; expected at least 1")
+
+
+def _resize(picture: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
+    """Limited as decoding is: a strip one pixel wide and 30,000 long becomes two billion at 256 wide."""
+    if size[0] * size[1] > MAX_PIXELS:
+        found = f"it has {picture.width} x {picture.height} pixels, and would have {size[0]} x {size[1]} when it is cropped"
+        raise BadImageError(f"{found}; expected at most {MAX_PIXELS:,}")
+    return picture.resize(size, FILTERS[interpolation])
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:

@@ -142,8 +142,8 @@ class TrainFeed:
 
     @property
     def counts(self) -> dict[str, int]:
-        """`bad_images` that have been replaced so far, batches made ahead included; {} if there can be none."""
-        return {"bad_images": self.reader.bad_images} if self.reader and self.reader.bad_images else {}
+        """`bad_images` that have been replaced so far, batches made ahead included; {} if there are none."""
+        return _counts(self.reader)
 
     def close(self) -> None:
         """Ends the threads that make batches."""
@@ -203,6 +203,11 @@ class TestFeed:
             for number in range(len(whole)):
                 yield ahead(number)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """`bad_images` that have been replaced, as in `TrainFeed`; each is evaluated as the image that took its place."""
+        return _counts(self.reader)
+
     def close(self) -> None:
         """Ends the threads that decode."""
         if self.reader:
@@ -216,6 +221,10 @@ def _store(
     if not isinstance(split, Photographs) and split.images.nbytes <= config.data.device_megabytes * 2**20:
         arrays |= {"images": split.images, "labels": split.labels}
     return parallel.place(arrays, mesh, batch_axis=None)
+
+
+def _counts(reader: Reader | None) -> dict[str, int]:
+    return {"bad_images": reader.bad_images} if reader and reader.bad_images else {}
 
 
 def crops_of(config: ConfigDict) -> int:

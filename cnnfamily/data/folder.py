@@ -82,11 +82,16 @@ def _list(folder: Path) -> dict[str, list[tuple[Path, int]]]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, int]]:
-    for place, _, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=True):
+        for name in folders:
+            target = os.path.realpath(os.path.join(place, name))
+            if (os.path.realpath(place) + os.sep).startswith(target + os.sep):  # it would be walked round and round
+                raise UsageError(f"{os.path.join(place, name)} is a link to a folder that holds it; expected a link elsewhere")
         for name in names:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 path = Path(place, name)
-                yield path, path.stat().st_size
+                # A link to nothing is a bad image, of which data.bad_images decides.
+                yield path, path.stat().st_size if path.exists() else -1
 
 
 def _flatten(listing: dict[str, list[tuple[Path, int]]], classes: list[str]) -> list[tuple[Path, int, int]]:

@@ -85,8 +85,7 @@ class Reader:
 
         def fill(rows: np.ndarray) -> None:
             for i in rows:
-                picture, labels[i], taken = self._picture(int(index[i]))
-                images[i] = crop(picture, taken, int(i))
+                images[i], labels[i] = self._read(int(index[i]), lambda picture, taken, row=int(i): crop(picture, taken, row))
 
         rows = np.arange(len(index)) if here is None else np.flatnonzero(here)
         # Some at a time, for handing over each takes Python's lock (experiments/speed).
@@ -98,13 +97,13 @@ class Reader:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def _picture(self, index: int) -> tuple[Image.Image, int, int]:
-        """The picture of an index, or of the next one that is good, its label, and its index."""
+    def _read(self, index: int, crop: Callable[[Image.Image, int], np.ndarray]) -> tuple[np.ndarray, int]:
+        """What `crop` makes of the picture of an index, or of the next one that is good, and its label."""
         n = len(self._split)
         for taken in ((index + i) % n for i in range(n)):
             try:
                 data, label = self._split.read(taken)
-                return decode(data, self._channels), label, taken
+                return crop(decode(data, self._channels), taken), label
             except (BadImageError, OSError) as error:
                 text = f"image {self._split.name(taken)} cannot be read: {error}"
             if not self._replaces:

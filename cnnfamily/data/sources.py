@@ -28,7 +28,7 @@ from cnnfamily.data.arrays import Split, expect
 from cnnfamily.data.decoding import CentreCrop
 from cnnfamily.data.known import KNOWN
 from cnnfamily.data.photographs import Photographs, Reader
-from cnnfamily.errors import unknown
+from cnnfamily.errors import unknown, warn
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,7 +142,10 @@ def _decoded(
 ) -> Split:
     """Photographs as arrays in memory."""
     with contextlib.closing(Reader(split, channels=shape[-1], **reading)) as reader:
-        return Split(**reader.images(index, lambda picture, *_: crop(picture), shape=shape))
+        found = Split(**reader.images(index, lambda picture, *_: crop(picture), shape=shape))
+        if reader.bad_images:
+            warn(f"warning: {reader.bad_images} of {len(index)} images were replaced")
+        return found
 
 
 def fit_images(images: np.ndarray, *, resolution: int, channels: int, fit: str = "resize") -> np.ndarray:

@@ -108,6 +108,7 @@ def _features(library, info, folder: Path) -> tuple[str, str]:
 
 def _records(library, builder, split: str, image: str, label: str) -> Photographs:
     info = builder.info
+    num_classes = info.features[label].num_classes
     decoders = {image: library.decode.SkipDecoding()}
     if str(info.file_format).endswith("TFRECORD"):
         paths = [Path(path) for path in info.splits[split].filepaths]
@@ -126,11 +127,14 @@ def _records(library, builder, split: str, image: str, label: str) -> Photograph
     def read(index: int) -> tuple[bytes, int]:
         try:
             found = example(index)
-            return found[image], int(found[label])
+            class_number = int(found[label])
         except UsageError:
             raise
         except Exception as error:  # of a damaged record: it raises what its parsers do
             raise BadImageError(f"{type(error).__name__}: {error}") from error
+        if not 0 <= class_number < num_classes:  # -1 stands for none; as a target it would be all zeros
+            raise BadImageError(f"its class is {class_number}; expected 0 to {num_classes - 1}")
+        return found[image], class_number
 
     return Photographs(
         size=info.splits[split].num_examples,
