@@ -17,7 +17,8 @@ def get_config(arg: str) -> ConfigDict:
         raise unknown("data of the scaling studies", arg, NAMES)
     config = default.get_config("mobilenet_v2")
     default.digits(config, epochs=6.0)
-    config.evaluate.every_epochs = 2.0
+    # Sixteen a step and not 64: of 534 steps deeper networks make something, of 132 nothing, at the same cost.
+    config.update({"batch_size": 16, "evaluate": {"every_epochs": 2.0}, "log": {"every_steps": 1437 // 16}})
     if arg == "cifar10":
         config.update(
             {

@@ -7,35 +7,37 @@ Coefficients are solved for, from exact counts: those printed in EfficientNet's 
 """
 
 import functools
+import math
 
 from cnnfamily import scaling
 from cnnfamily.models import create_model
 from cnnfamily.summary import summarize
 
 BASE = {name: f"experiments/scaling/config.py:{name}" for name in ("digits", "cifar10", "photographs")}
-SIDE = {"digits": 32, "cifar10": 32, "photographs": 128}
-# The width and depth from which each is scaled: small on the digits, as it is elsewhere.
-NETWORKS = {
-    "efficientnet_b0": (0.35, 0.5),
-    "mobilenet_v1": (0.25, 1.0),
-    "mobilenet_v2": (0.35, 1.0),
-    "resnet20_cifar": (0.5, 1.0),
+SIDE = {"cifar10": 32, "photographs": 128}
+# What each is scaled from on the digits: width, depth and side. At 32 pixels three of them have maps of one pixel at the end.
+SMALL = {
+    "efficientnet_b0": (0.35, 0.5, 48),
+    "mobilenet_v1": (0.35, 0.5, 48),
+    "mobilenet_v2": (0.35, 0.5, 48),
+    "resnet20_cifar": (0.75, 0.5, 32),
 }
-BUDGET = 2.0  # times the multiply-adds of the base
+# The budget, in multiply-adds of the base, and phi; with 2 and 1, whole blocks and filters in eights leave little choice.
+BUDGET, PHI = 3.0, math.log2(3.0)
 
 
 @functools.cache
 def macs(network: str, width: float, depth: float, side: int) -> int:
-    return summarize(create_model(network, width=width, depth=depth), resolution=side).macs
+    return summarize(create_model(network, width=width, depth=depth, num_classes=10), resolution=side).macs
 
 
 def scaled(network: str, width: float, depth: float, side: int) -> dict[str, tuple[float, float, int]]:
     """Width, depth and side of each way to spend the budget; depth in whole blocks and sides in whole pixels, as they come.
 
-    Compound: depth and side by the rule at phi = 1, and the width that then meets the budget. Numbers of blocks are rounded up,
+    Compound: depth and side by the rule, and the width that then meets the budget. Numbers of blocks are rounded up,
     so that a depth of 1.2 costs a small network more than 1.2, and phi itself could not meet it.
     """
-    rule = scaling.compound(1.0, resolution=side)
+    rule = scaling.compound(PHI, resolution=side)
     ways = {
         "width": lambda c: (width * c, depth, side),
         "depth": lambda c: (width, depth * c, side),
@@ -45,16 +47,16 @@ def scaled(network: str, width: float, depth: float, side: int) -> dict[str, tup
     budget = BUDGET * macs(network, width, depth, side)
     found = {}
     for name, way in ways.items():
-        solution = scaling.solve(lambda c, way=way: macs(network, *way(c)), budget, low=0.5, high=4.0, precision=0.01)
+        low = 0.5 if name == "compound" else 1.0  # whole blocks may cost so much that the width has to give way
+        solution = scaling.solve(lambda c, way=way: macs(network, *way(c)), budget, low=low, high=16.0, precision=0.01)
         found[name] = way(solution.coefficient)
     return found
 
 
 def sweep(name: str):
-    for network, (width, depth) in NETWORKS.items():
-        width, depth = (width, depth) if name == "digits" else (1.0, 1.0)
-        base = (width, depth, SIDE[name])
-        for w, d, side in (base, *scaled(network, *base).values()):
+    for network, small in SMALL.items():
+        base = small if name == "digits" else (1.0, 1.0, SIDE[name])
+        for width, depth, side in (base, *scaled(network, *base).values()):
             for seed in range(3):
-                fields = {"model.name": network, "model.width": round(w, 4), "model.depth": round(d, 4)}
+                fields = {"model.name": network, "model.width": round(width, 4), "model.depth": round(depth, 4)}
                 yield {**fields, "data.resolution": side, "seed": seed}
