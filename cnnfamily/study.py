@@ -29,10 +29,7 @@ class Row:
     overrides: dict[str, Any]
     config: ConfigDict
     hash: str
-
-    @property
-    def label(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in self.overrides.items()) or "base"
+    label: str  # what tells it from the others: overrides that are not the same in all rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +52,10 @@ class Study:
         Raises:
           UsageError: there is none.
         """
-        rows = [row for row in self.rows if only in row.label or only == row.hash]
+        rows = [row for row in self.rows if only in _text(row.overrides) or only == row.hash]
         if not rows:
             raise UsageError(
-                f"--only={only}: no row of {self.file} has that in {', '.join(row.label for row in self.rows[:5])}"
+                f"--only={only}: no row of {self.file} has that in {', '.join(_text(row.overrides) for row in self.rows[:5])}"
             )
         return rows
 
@@ -99,11 +96,12 @@ def load_study(path: str, common: Mapping[str, Any] | None = None) -> Study:
         argument, base = "" if argument == first else argument, base[argument or first]
     elif argument:
         raise UsageError(f"sweep file {file}: BASE is {base!r} and has no name {argument!r}; expected a dictionary of configs")
-    rows = [_row(base, number, overrides, file) for number, overrides in enumerate(expanded, start=1)]
+    same = {key for key in expanded[0] if all(row.get(key) == expanded[0][key] for row in expanded)} if expanded[1:] else set()
+    rows = [_row(base, number, overrides, file, same) for number, overrides in enumerate(expanded, start=1)]
     numbers = {}
     for number, row in enumerate(rows, start=1):
         if row.hash in numbers:
-            raise UsageError(f"rows {numbers[row.hash]} and {number} of {file} are the same run: {row.label}")
+            raise UsageError(f"rows {numbers[row.hash]} and {number} of {file} are the same run: {_text(row.overrides)}")
         numbers[row.hash] = number
     if not rows:
         raise UsageError(f"sweep() of {file} yields no rows")
@@ -111,7 +109,11 @@ def load_study(path: str, common: Mapping[str, Any] | None = None) -> Study:
     return Study(file.resolve(), base, rows, results, dict(getattr(module, "SLURM", {})))
 
 
-def _row(base: str, number: int, overrides: dict[str, Any], file: Path) -> Row:
+def _text(overrides: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in overrides.items())
+
+
+def _row(base: str, number: int, overrides: dict[str, Any], file: Path, same: set[str]) -> Row:
     try:
         config = configs.load_config(base, overrides)
         configs.check(config)
@@ -120,7 +122,8 @@ def _row(base: str, number: int, overrides: dict[str, Any], file: Path) -> Row:
     except UsageError as error:
         raise UsageError(f"row {number} of {file} {overrides}: {error}") from error
     flat = json.dumps(configs.flatten(config), sort_keys=True)
-    return Row(number, overrides, config, disk.digest(flat)[:12])
+    label = _text({key: value for key, value in overrides.items() if key not in same}) or "base"
+    return Row(number, overrides, config, disk.digest(flat)[:12], label)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

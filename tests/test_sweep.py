@@ -50,6 +50,13 @@ def test_rows_are_overrides_of_a_base_and_known_by_their_whole_config(study):
     assert (other.name, other.results.name) == ("study-mnist", "results-mnist.jsonl")
 
 
+def test_a_row_is_called_by_what_tells_it_from_the_others(study):
+    ours = study(ROWS.replace('{"model.width"', '{"model.name": "lenet5", "model.width"'))
+    assert [row.label for row in ours.rows[:2]] == ["model.width=0.5 seed=0", "model.width=0.5 seed=1"]
+    assert len(ours.select("model.name=lenet5")) == 4, "what is the same in all can still be asked for"
+    assert study("BASE = 'configs/lenet5_digits.py'\n\n\ndef sweep():\n    yield {}\n").rows[0].label == "base"
+
+
 def test_overrides_for_all_rows(study, tmp_path):
     study()
     rows = study_file.load_study(str(tmp_path / "study/sweep.py"), {"total_epochs": "3", "seed": "9"}).rows
