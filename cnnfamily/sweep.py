@@ -111,7 +111,8 @@ class Runner:
         error = said[-1] if said else f"status {status}"
         kind = "failed"
         if status < 0:
-            kind, error = "killed", f"killed twice by signal {-status}, as the system does when memory runs out"
+            why = "as the system does when memory runs out" if -status == signal.SIGKILL else f"see {log.name} beside its run"
+            kind, error = "killed", f"killed twice by {signal.Signals(-status).name}: {why}"
         failed = {"row": row.number, "hash": row.hash, "status": kind, "overrides": row.overrides, "seed": row.config.seed}
         return failed | {"error": errors.one_line(error)[:500]}
 
@@ -143,7 +144,10 @@ def run_study(study: Study, workdir: Path, *, jobs: int = 0, only: str = "", ret
       UsageError: rows failed; the others are done.
     """
     jobs = jobs or max(1, len(gpu_names()))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((workdir / "cache").resolve()))  # rows share programs
+    # Rows share their programs, small ones too: JAX leaves out by itself what compiles within a second.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((workdir / "cache").resolve()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     runner = Runner(study, workdir, jobs=jobs, retry=retry)
     rows, done = study.select(only), study.ended(retry=retry)
     waiting = [row for row in rows if row.hash not in done]

@@ -73,13 +73,48 @@ def test_failed_rows_are_named_below_the_table(tmp_path):
     assert "Failed: {'model.width': 9.0}: NonFiniteLoss: x" in report.report(tmp_path)[0].read_text()
 
 
-def test_lines_of_a_figure_are_what_is_scaled():
-    groups = [report.Group(overrides, []) for overrides in (
-        {"model.name": "resnet18", "model.width": 1.5}, {"model.name": "resnet18", "data.resolution": 48},
-        {"model.depth": 2.0}, {},
-    )]  # fmt: skip
-    assert [group.series for group in groups] == ["resnet18 width", "resnet18 resolution", "depth", ""]
-    assert [group.label for group in groups] == ["resnet18, width 1.5", "resnet18, resolution 48", "depth 2", "base"]
+def groups_of(*overrides):
+    return [report.Group(each, [row(i, each, 0.9)]) for i, each in enumerate(overrides)]
+
+
+def test_lines_begin_at_the_first_of_a_network_and_have_what_changes_the_same():
+    base = {"model.name": "resnet18", "model.width": 1.0, "data.resolution": 32}
+    groups = groups_of(*(base | change for change in (
+        {}, {"model.width": 1.5}, {"data.resolution": 48}, {"model.width": 2.0}, {"model.width": 1.5, "data.resolution": 48},
+        {"model.name": "vgg11"}, {"model.name": "vgg11", "model.width": 2.0},
+    )))  # fmt: skip
+    found = report.panels(groups)
+    assert list(found) == ["resnet18", "vgg11"]
+    numbers = {name: [groups.index(group) for group in members] for name, members in found["resnet18"].items()}
+    assert numbers == {"width": [0, 1, 3], "resolution": [0, 2], "width + resolution": [0, 4]}
+    assert found["vgg11"] == {"width": groups[5:]}
+    assert groups[1].label == "resnet18, width 1.5, resolution 32"
+
+
+def test_a_line_of_a_grid_has_all_values_of_its_first_key():
+    groups = groups_of(*({"model.width": w, "data.resolution": r} for r in (32, 48) for w in (0.5, 1.0, 2.0)))
+    assert report.panels(groups) == {"": {"resolution 32": groups[:3], "resolution 48": groups[3:]}}
+
+
+def test_many_networks_share_a_panel():
+    groups = groups_of(*({"model.name": f"resnet{i}"} for i in range(9)))
+    assert report.panels(groups) == {"": {f"resnet{i}": [groups[i]] for i in range(9)}}
+
+
+def test_differences_are_from_the_first_of_a_network(tmp_path):
+    accuracies = {("resnet18", 1.0): 0.9, ("resnet18", 2.0): 0.95, ("vgg11", 1.0): 0.5, ("vgg11", 2.0): 0.6}
+    write(
+        tmp_path,
+        [
+            row(10 * i + seed, {"model.name": name, "model.width": width, "seed": seed}, top1 + 0.01 * seed)
+            for i, ((name, width), top1) in enumerate(accuracies.items())
+            for seed in range(2)
+        ],
+    )
+    text = report.report(tmp_path)[0].read_text()
+    assert "difference from the first of its network" in text
+    cells = [line.split("|")[6].strip() for line in text.splitlines()[2:6]]
+    assert cells == ["", "+5.00 ± 0.00", "", "+10.00 ± 0.00"]
 
 
 def test_what_cannot_be_reported_is_one_line(tmp_path):

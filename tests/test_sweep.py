@@ -164,7 +164,7 @@ def test_a_run_that_is_killed_goes_on_once_and_then_counts_as_killed(study, stan
     assert set(runs_of(workdir).values()) == {2}
     assert statuses(ours) == {row.hash: "done" if row.overrides["seed"] == 0 else "killed" for row in ours.rows}
     error = next(row["error"] for row in study_file.read_results(ours.results) if row["status"] == "killed")
-    assert error == "killed twice by signal 9, as the system does when memory runs out"
+    assert error == "killed twice by SIGKILL: as the system does when memory runs out"
     stand_in(COUNT)
     sweep.run_study(ours, workdir)  # by itself: memory may be free now
     assert set(statuses(ours).values()) == {"done"}
@@ -288,3 +288,21 @@ def test_a_runner_and_its_run_killed_in_the_middle_change_no_result(tmp_path):
     assert len(sessions) == 2, "the second row was begun twice"
     assert [row["status"] for row in results["whole"]] == ["done"] * 3
     assert results["killed"] == results["whole"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("lenet_width", 12),
+        ("mobilenet_grid", 48),
+        ("mobilenet_grid:photographs", 48),
+        pytest.param("scaling", 60, marks=pytest.mark.full),
+        pytest.param("scaling:cifar10", 60, marks=pytest.mark.full),
+        pytest.param("scaling:photographs", 60, marks=pytest.mark.full),
+        pytest.param("grid_search", 33, marks=pytest.mark.full),
+        pytest.param("grid_search:cifar10", 36, marks=pytest.mark.full),
+    ],
+)
+def test_the_studies_of_the_repository_expand(name, rows):
+    study, _, argument = name.partition(":")
+    assert len(study_file.load_study(f"experiments/{study}/sweep.py{argument and ':'}{argument}").rows) == rows

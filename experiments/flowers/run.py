@@ -1,7 +1,7 @@
 """Trains networks on a folder of photographs, and shows what has to hold of it.
 
     python experiments/flowers/run.py FOLDER [NETWORK ...]       # EfficientNet-B0 and ResNet-18; NETWORK.jsonl and curves.png
-    python experiments/flowers/run.py FOLDER --tfds [NETWORK]    # the same images from TFDS: the same metrics, bit for bit?
+    python experiments/flowers/run.py FOLDER --tfds [NETWORK]    # the same images from TFDS: tfds_NETWORK.json
     python experiments/flowers/run.py FOLDER --memory            # 20 epochs of a small network: memory.json
 
 FOLDER is `flowers` with a folder for each of its five classes (4,317 photographs of 128 x 128 pixels). Started again, training
@@ -92,8 +92,11 @@ def compare_with_tfds(folder: Path, networks: list[str]) -> None:
                 workdir = Path(place) / f"{name}-{i}"
                 train.run_training(config, workdir, quiet=True)
                 logs.append([{k: v for k, v in row.items() if k != "timing"} for row in runlog.read_metrics(workdir)])
-            same = "the same" if logs[0] == logs[1] else "NOT the same"
-            print(f"{name}: {len(logs[0])} lines of metrics, {same} bits; the last: {json.dumps(logs[0][-1])}")
+            session = runlog.read_manifest(workdir)["sessions"][0]
+            found = {"network": name, "commit": session["commit"], "versions": session["versions"], "lines": len(logs[0])}
+            found |= {"same_bits": logs[0] == logs[1], "folder": logs[0][-1], "tfds": logs[1][-1]}
+            print(json.dumps(found))
+            (HERE / f"tfds_{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def watch_memory(folder: Path) -> None:

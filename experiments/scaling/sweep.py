@@ -31,7 +31,7 @@ def macs(network: str, width: float, depth: float, side: int) -> int:
     return summarize(create_model(network, width=width, depth=depth, num_classes=10), resolution=side).macs
 
 
-def scaled(network: str, width: float, depth: float, side: int) -> dict[str, tuple[float, float, int]]:
+def scaled(network: str, width: float, depth: float, side: int, high: float) -> dict[str, tuple[float, float, int]]:
     """Width, depth and side of each way to spend the budget; depth in whole blocks and sides in whole pixels, as they come.
 
     Compound: depth and side by the rule, and the width that then meets the budget. Numbers of blocks are rounded up,
@@ -48,15 +48,16 @@ def scaled(network: str, width: float, depth: float, side: int) -> dict[str, tup
     found = {}
     for name, way in ways.items():
         low = 0.5 if name == "compound" else 1.0  # whole blocks may cost so much that the width has to give way
-        solution = scaling.solve(lambda c, way=way: macs(network, *way(c)), budget, low=low, high=16.0, precision=0.01)
+        solution = scaling.solve(lambda c, way=way: macs(network, *way(c)), budget, low=low, high=high, precision=0.01)
         found[name] = way(solution.coefficient)
     return found
 
 
 def sweep(name: str):
     for network, small in SMALL.items():
-        base = small if name == "digits" else (1.0, 1.0, SIDE[name])
-        for width, depth, side in (base, *scaled(network, *base).values()):
+        # Of a small network with blocks that are nearly free it may take many; 16 times a whole one take minutes to count.
+        base, high = (small, 16.0) if name == "digits" else ((1.0, 1.0, SIDE[name]), 4.0)
+        for width, depth, side in (base, *scaled(network, *base, high).values()):
             for seed in range(3):
                 fields = {"model.name": network, "model.width": round(width, 4), "model.depth": round(depth, 4)}
                 yield {**fields, "data.resolution": side, "seed": seed}
