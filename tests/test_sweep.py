@@ -299,8 +299,8 @@ def test_a_runner_and_its_run_killed_in_the_middle_change_no_result(tmp_path):
         pytest.param("scaling", 60, marks=pytest.mark.full),
         pytest.param("scaling:cifar10", 60, marks=pytest.mark.full),
         pytest.param("scaling:photographs", 60, marks=pytest.mark.full),
-        pytest.param("grid_search", 33, marks=pytest.mark.full),
-        pytest.param("grid_search:cifar10", 36, marks=pytest.mark.full),
+        pytest.param("grid_search", 27, marks=pytest.mark.full),
+        pytest.param("grid_search:cifar10", 27, marks=pytest.mark.full),
     ],
 )
 def test_the_studies_of_the_repository_expand(name, rows):
