@@ -101,7 +101,8 @@ def lines_of(family: list[Group]) -> dict[str, list[Group]]:
     keys = dict.fromkeys(key for group in family for key in group.overrides if key != "model.name")
     values = {key: {value(group, key) for group in family} for key in keys}
     keys = [key for key in keys if len(values[key]) > 1]
-    if len(keys) > 1 and math.prod(len(values[key]) for key in keys) == len(family):
+    everywhere = all(key in group.overrides for key in keys for group in family)
+    if len(keys) > 1 and everywhere and math.prod(len(values[key]) for key in keys) == len(family):
         found = {}
         for group in family:
             found.setdefault(", ".join(_short(key, group.overrides[key]) for key in keys[1:]), []).append(group)

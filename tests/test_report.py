@@ -96,6 +96,16 @@ def test_a_line_of_a_grid_has_all_values_of_its_first_key():
     assert report.panels(groups) == {"": {"resolution 32": groups[:3], "resolution 48": groups[3:]}}
 
 
+def test_what_is_left_out_of_overrides_is_no_grid():
+    groups = groups_of({}, {"model.width": 2.0}, {"model.depth": 2.0}, {"model.width": 2.0, "model.depth": 2.0})
+    lines = report.panels(groups)[""]
+    assert {name: [groups.index(g) for g in members] for name, members in lines.items()} == {
+        "width": [0, 1],
+        "depth": [0, 2],
+        "width + depth": [0, 3],
+    }
+
+
 def test_many_networks_share_a_panel():
     groups = groups_of(*({"model.name": f"resnet{i}"} for i in range(9)))
     assert report.panels(groups) == {"": {f"resnet{i}": [groups[i]] for i in range(9)}}

@@ -90,8 +90,11 @@ def _walk(folder: Path) -> Iterator[tuple[Path, int]]:
         for name in names:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 path = Path(place, name)
-                # A link to nothing is a bad image, of which data.bad_images decides.
-                yield path, path.stat().st_size if path.exists() else -1
+                try:
+                    size = path.stat().st_size
+                except FileNotFoundError:  # a link to nothing is a bad image, of which data.bad_images decides
+                    size = -1
+                yield path, size
 
 
 def _flatten(listing: dict[str, list[tuple[Path, int]]], classes: list[str]) -> list[tuple[Path, int, int]]:

@@ -32,6 +32,7 @@ def get_config(arg: str) -> ConfigDict:
     if arg == "photographs":
         config.update(
             {
+                "batch_size": 64,
                 "total_epochs": 30.0,
                 "data": {"source": "folder:photographs", "resolution": 128, "fit": "crop"},
                 "augment": {"shift": 0, "flip": True},
