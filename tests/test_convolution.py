@@ -128,6 +128,11 @@ def of_kind(kind, convolve=convolution, dtype=np.float64, batch=2, size=(5, 6)):
     return partial(convolve, **geometry), operands(size, taps, 4, filters, geometry["groups"], dtype, batch)
 
 
+def all_three(f, images, kernel, cotangent):
+    output, gradients = jax.vjp(f, images, kernel)
+    return output, *gradients(cotangent)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)])
 def test_lower_precision_is_rounded_once(kind, dtype, tolerance):
@@ -137,15 +142,29 @@ def test_lower_precision_is_rounded_once(kind, dtype, tolerance):
     exact, _ = of_kind(kind, plain)
     cotangent = jnp.ones(jax.eval_shape(convolve, *given).shape, dtype)
 
-    def all_three(f, images, kernel, cotangent):
-        output, gradients = jax.vjp(f, images, kernel)
-        return output, *gradients(cotangent)
-
     found = jax.jit(partial(all_three, convolve))(*given, cotangent)
     expected = jax.jit(partial(all_three, exact))(*(x.astype(jnp.float64) for x in (*given, cotangent)))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype
         np.testing.assert_allclose(a.astype(jnp.float64), b, rtol=tolerance, atol=1e-6 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding"), [((1, 1), ((1, 1), (1, 1))), ((2, 2), ((0, 1), (1, 1))), ((2, 1), ((0, 0), (2, 2)))]
+)
+def test_bfloat16_by_taps_is_rounded_once(stride, padding):
+    """From 96 channels on a CPU multiplies tap by tap: no operand is widened, and the sum over taps is kept in float32."""
+    given = operands((6, 7), (3, 3), 96, 96, 1, jnp.bfloat16)
+    convolve, exact = (partial(f, stride=stride, padding=padding) for f in (convolution, plain))
+    given = *given, jnp.cos(convolve(*given))  # the cotangent
+    program = jax.jit(partial(all_three, convolve))
+    wide = jax.jit(partial(all_three, exact))(*(x.astype(jnp.float64) for x in given))
+    for a, b in zip(program(*given), wide, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float64), b, rtol=4e-3, atol=4e-3)
+    lowered = program.trace(*given).lower(lowering_platforms=("cpu",)).as_text()
+    assert lowered.count("stablehlo.dot_general") == 27
+    assert "stablehlo.convolution" not in lowered
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,8 +21,8 @@ from cnnfamily.models.layers import (
     choose,
     dropout,
     local_response_norm,
-    max_pool,
 )
+from cnnfamily.models.pooling import max_pool_to_the_edge
 
 
 def draw(*shape, seed=0):
@@ -254,14 +254,16 @@ def image_of(rows):
     ],
 )
 def test_max_pool_sizes(size, window, stride, padding, outputs):
-    found = jax.eval_shape(lambda x: max_pool(x, window, stride, padding), jnp.zeros((1, size, size + stride, 2)))
+    found = jax.eval_shape(lambda x: max_pool_to_the_edge(x, window, stride, padding), jnp.zeros((1, size, size + stride, 2)))
     assert found.shape[1:3] == (outputs, outputs + 1)
 
 
 def test_max_pool_values():
     rows = [[1, 2, 3, 9], [4, 5, 6, -1], [7, 8, 0, -2], [-3, -4, -5, -6]]
-    np.testing.assert_array_equal(max_pool(image_of(rows), 3, 2)[0, ..., 0], [[8, 9], [8, 0]])
-    np.testing.assert_array_equal(max_pool(-image_of(rows), 3, 1, 1)[0, ..., 0][3], [4, 5, 6, 6])  # of what is there, no zeros
+    np.testing.assert_array_equal(max_pool_to_the_edge(image_of(rows), 3, 2)[0, ..., 0], [[8, 9], [8, 0]])
+    np.testing.assert_array_equal(
+        max_pool_to_the_edge(-image_of(rows), 3, 1, 1)[0, ..., 0][3], [4, 5, 6, 6]
+    )  # of what is there, no zeros
 
 
 def test_adaptive_average():

@@ -21,6 +21,7 @@ from cnnfamily.models.layers import (
     local_response_norm,
     logits,
 )
+from cnnfamily.models.pooling import max_pool
 from cnnfamily.scaling import round_filters
 
 KERNELS = (11, 5, 3, 3, 3)
@@ -83,7 +84,7 @@ class AlexNet(nn.Module):
             if i < 2 and self.response_norm:
                 x = local_response_norm(x)
             if i in (0, 1, 4):
-                x = nn.max_pool(x, (3, 3), (2, 2))  # windows overlap: section 3.4
+                x = max_pool(x, 3, 2)  # windows overlap: section 3.4
                 self.sow("intermediates", f"pool{i + 1}", x)
         x = adaptive_average(x, 6).reshape(x.shape[0], -1)
         for name in ("hidden1", "hidden2"):

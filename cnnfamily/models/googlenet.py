@@ -25,8 +25,8 @@ from cnnfamily.models.layers import (
     dropout,
     local_response_norm,
     logits,
-    max_pool,
 )
+from cnnfamily.models.pooling import max_pool_to_the_edge
 from cnnfamily.scaling import round_filters
 
 MODULES = (  # name, 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection
@@ -54,7 +54,7 @@ class Inception(nn.Module):
     @nn.compact
     def __call__(self, x):
         ones, reduce3, threes, reduce5, fives, projection = self.filters
-        pooled = max_pool(x, 3, 1, 1)
+        pooled = max_pool_to_the_edge(x, 3, 1, 1)
         if not self.reductions:
             branches = (self.conv(ones, 1, name="branch1"), self.conv(threes, 3, name="branch2"))
             branches += (self.conv(fives, self.kernel, name="branch3"),)
@@ -141,15 +141,15 @@ class GoogLeNet(nn.Module):
             return local_response_norm(x) if self.response_norm else x
 
         x = self._transformed(images) if self.transform_input else images
-        x = max_pool(conv(round_filters(64, self.width), 7, 2, name="conv1")(x), 3, 2)
+        x = max_pool_to_the_edge(conv(round_filters(64, self.width), 7, 2, name="conv1")(x), 3, 2)
         x = conv(round_filters(64, self.width), 1, name="conv2")(response_norm(x))
         x = response_norm(conv(round_filters(192, self.width), 3, name="conv3")(x))
-        x = max_pool(x, 3, 2)
+        x = max_pool_to_the_edge(x, 3, 2)
         stage = "3"
         for name, *filters in self.modules:
             if name[0] != stage:
                 self.sow("intermediates", f"stage{stage}", x)
-                x = max_pool(x, 3 if name[0] == "4" else self.last_pool, 2)
+                x = max_pool_to_the_edge(x, 3 if name[0] == "4" else self.last_pool, 2)
                 stage = name[0]
             filters = tuple(round_filters(count, self.width) for count in filters)
             x = Inception(conv, filters, self.kernel, self.reductions, name=f"inception{name}")(x)

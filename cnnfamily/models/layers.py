@@ -14,6 +14,7 @@ from jax import lax
 from cnnfamily import rng
 from cnnfamily.errors import UsageError, unknown
 from cnnfamily.models import initializers
+from cnnfamily.models.batch_norm import BatchNorm, parameter_dtype_of
 from cnnfamily.models.convolution import convolution
 from cnnfamily.models.initializers import parameter
 
@@ -48,11 +49,6 @@ def check_images(images: jax.Array, in_channels: int, smallest: int) -> None:
             f"images of {images.shape[1]} x {images.shape[2]} pixels are smaller than this network can take: "
             f"expected {smallest} x {smallest} or more (data.resolution)"
         )
-
-
-def parameter_dtype_of(dtype: str) -> jnp.dtype:
-    """Of parameters, statistics and logits when the arithmetic is in `dtype`."""
-    return jnp.dtype("float64" if jnp.finfo(dtype).bits == 64 else "float32")
 
 
 class Conv(nn.Module):
@@ -115,66 +111,6 @@ def logits(x: jax.Array) -> jax.Array:
     return x.astype(parameter_dtype_of(x.dtype))
 
 
-class BatchNorm(nn.Module):
-    """Batch normalisation over groups of the global batch (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167).
-
-    `group` is the number of examples that share statistics, 0 for the whole batch. It counts in the global batch: where
-    `axis_name` is mapped over devices, a group that fits a device needs no communication and a larger one is reduced over the
-    devices that hold it, so the function does not depend on the number of devices. The running statistics take the mean over
-    the groups; those of one device are averaged over devices by the training step, once for all layers. `momentum` is the
-    share of the old value that is kept (torch's momentum is 1 minus it), the variance is the biased one (torch stores the
-    unbiased).
-    """
-
-    train: bool
-    momentum: float = 0.9
-    epsilon: float = 1e-5
-    group: int = 0
-    axis_name: str | None = None
-    scale_init: Callable = initializers.ones
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x):
-        parameter_dtype, shape = parameter_dtype_of(self.dtype), (x.shape[-1],)
-        scale = parameter(self, "scale", self.scale_init, shape, parameter_dtype)
-        bias = parameter(self, "bias", initializers.zeros, shape, parameter_dtype)
-        running_mean = self.variable("batch_stats", "mean", np.zeros, shape, parameter_dtype)
-        running_var = self.variable("batch_stats", "var", np.ones, shape, parameter_dtype)
-        wide = x.astype(parameter_dtype)
-        if self.train:
-            grouped, mean, var = self._statistics(wide)
-            if not self.is_initializing():
-                keep = self.momentum
-                running_mean.value = keep * running_mean.value + (1 - keep) * mean.mean(axis=(0, 1, 2, 3))
-                running_var.value = keep * running_var.value + (1 - keep) * var.mean(axis=(0, 1, 2, 3))
-        else:
-            grouped, mean, var = wide, running_mean.value, running_var.value
-        y = (grouped - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
-        return y.reshape(x.shape).astype(self.dtype)
-
-    def _statistics(self, x):
-        """x as `[groups, examples, height, width, channels]`, mean and variance as `[groups, 1, 1, 1, channels]`."""
-        local = x.shape[0]
-        devices = lax.axis_size(self.axis_name) if self.axis_name else 1
-        group = self.group or local * devices
-        if (local * devices) % group or (local % group and group % local):
-            raise UsageError(
-                f"batch-norm groups of {group} examples (model.norm_group) do not divide a batch of "
-                f"{local * devices} in {devices} x {local}: expected a divisor of it that divides, or is a multiple of, {local}"
-            )
-        x = x.reshape(-1, min(group, local), *x.shape[1:])
-        mean = x.mean(axis=(1, 2, 3), keepdims=True)
-        # Two passes: E[x^2] - E[x]^2 loses all digits where the mean is large beside the deviation.
-        var = jnp.square(x - mean).mean(axis=(1, 2, 3), keepdims=True)
-        if group > local:  # one collective: gather each device's moments and combine them without cancellation
-            members = [list(range(i, i + group // local)) for i in range(0, devices, group // local)]
-            means, variances = lax.all_gather(jnp.stack([mean, var]), self.axis_name, axis_index_groups=members, axis=1)
-            mean = means.mean(axis=0)
-            var = (variances + jnp.square(means - mean)).mean(axis=0)
-        return x, mean, var
-
-
 def conv_and_norm(network: nn.Module, train: bool) -> tuple[Callable, Callable]:
     """The convolution and the batch norm of a network, with its padding, dtype, statistics and switches bound.
 
@@ -198,7 +134,10 @@ def conv_and_norm(network: nn.Module, train: bool) -> tuple[Callable, Callable]:
             return activation
         statistics = (network.norm_momentum, network.norm_epsilon, group, network.axis_name)
         layer = BatchNorm(train, *statistics, dtype=network.dtype, **fields)
-        return (lambda x: activation(layer(x))) if before else (lambda x: layer(activation(x)))
+        if not before:
+            return lambda x: layer(activation(x))
+        # In evaluation apart, so that what leaves the layer is what leaves torch's and Keras's.
+        return lambda x: layer(x, activation) if train else activation(layer(x))
 
     return conv, norm
 
@@ -216,20 +155,6 @@ class SqueezeExcite(nn.Module):
         mean = x.mean(axis=(1, 2), keepdims=True, dtype=parameter_dtype_of(self.dtype))
         hidden = self.activation(Conv(self.squeezed, 1, bias=True, dtype=self.dtype, name="reduce")(mean))
         return x * self.gate(Conv(x.shape[-1], 1, bias=True, dtype=self.dtype, name="expand")(hidden))
-
-
-def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
-    """Maxima of square windows; the last window of a row need not lie wholly inside (torch's `ceil_mode`).
-
-    The windows start inside the image or its padding on the near side: one that would lie in the far padding alone is left out.
-    """
-    edges = []
-    for size in x.shape[1:3]:
-        windows = -(-(size + 2 * padding - window) // stride) + 1
-        if (windows - 1) * stride >= size + padding:
-            windows -= 1
-        edges.append((padding, max(0, (windows - 1) * stride + window - size - padding)))
-    return nn.max_pool(x, (window, window), (stride, stride), padding=edges)
 
 
 def adaptive_average(x: jax.Array, size: int) -> jax.Array:

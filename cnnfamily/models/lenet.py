@@ -14,6 +14,7 @@ from flax import linen as nn
 from cnnfamily.errors import UsageError
 from cnnfamily.models.initializers import constant, parameter, symmetric_uniform, uniform_fan_in, zeros
 from cnnfamily.models.layers import ACTIVATIONS, Conv, Linear, check_images, choose, logits, parameter_dtype_of
+from cnnfamily.models.pooling import max_pool
 from cnnfamily.scaling import round_filters
 
 # Table I: which of the six maps of S2 each of the sixteen maps of C3 sees.
@@ -76,15 +77,16 @@ class LeNet5(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False, position: jax.Array | None = None) -> jax.Array:
         _check_size(images, self.in_channels, self.resolution)
         activation = choose("activation", self.activation, ACTIVATIONS)
-        pool = choose("pool", self.pool, {"max": nn.max_pool, "average": lambda *window: sum_pool(*window) / 4})
+        pools = {"max": lambda x: max_pool(x, 2, 2), "average": lambda x: sum_pool(x, (2, 2), (2, 2)) / 4}
+        pool = choose("pool", self.pool, pools)
 
         def conv(filters, name):
             filters = round_filters(filters, self.width, divisor=1)
             return Conv(filters, 5, padding="valid", bias=True, dtype=self.dtype, name=name)
 
-        x = pool(activation(conv(6, "c1")(images)), (2, 2), (2, 2))
+        x = pool(activation(conv(6, "c1")(images)))
         self.sow("intermediates", "s2_output", x)
-        x = pool(activation(conv(16, "c3")(x)), (2, 2), (2, 2))
+        x = pool(activation(conv(16, "c3")(x)))
         self.sow("intermediates", "s4_output", x)
         x = activation(conv(120, "c5")(x)).reshape(x.shape[0], -1)
         x = activation(Linear(round_filters(84, self.width, divisor=1), dtype=self.dtype, name="f6")(x))

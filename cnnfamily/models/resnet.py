@@ -22,6 +22,7 @@ from cnnfamily.models.layers import (
     conv_and_norm,
     logits,
 )
+from cnnfamily.models.pooling import max_pool
 from cnnfamily.models.stochastic_depth import Drop, branch_output, drops
 from cnnfamily.scaling import round_filters, round_repeats
 
@@ -183,8 +184,9 @@ class ResNet(nn.Module):
         x = conv(filters, 7, 2, name="stem")(images) if imagenet else conv(filters, 3, name="stem")(images)
         x = x if self.preactivation else norm(activation, name="stem_norm")(x)
         if imagenet:
-            edges = "SAME" if self.padding == "same" else ((1, 1), (1, 1))
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=edges)
+            same = self.padding == "same"
+            edges = jax.lax.padtype_to_pads(x.shape[1:3], (3, 3), (2, 2), "SAME") if same else ((1, 1), (1, 1))
+            x = max_pool(x, 3, 2, edges)
         for i, count in enumerate(repeats):
             for j in range(count):
                 stride, block_drop = 2 if i > 0 and j == 0 else 1, next(drop)

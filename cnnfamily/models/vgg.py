@@ -19,6 +19,7 @@ from cnnfamily.models.layers import (
     dropout,
     logits,
 )
+from cnnfamily.models.pooling import max_pool
 from cnnfamily.scaling import round_filters, round_repeats
 
 FILTERS = (64, 128, 256, 512, 512)
@@ -62,7 +63,7 @@ class VGG(nn.Module):
                 # The bias stays where a norm follows and removes it, so that torchvision's weights fit.
                 x = conv(round_filters(filters, self.width), 3, bias=True, name=name)(x)
                 x = norm(activation, name=f"{name}_norm")(x)
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            x = max_pool(x, 2, 2)
             self.sow("intermediates", f"stage{i + 1}", x)
         x = adaptive_average(x, self.pooled).reshape(x.shape[0], -1)
         start = initializers.normal(0.01)

@@ -1,0 +1,212 @@
+"""What runs on a CPU in place of the convolutions that XLA's compiler is slow at there; `convolution` chooses.
+
+Each form is one of the three products of `convolution`: `..._output(images, kernel)`, `..._to_images(cotangent, kernel)` and
+`..._to_kernel(images, cotangent)`, equal to the plain one up to the order of summation.
+
+Times in this file: milliseconds, float32 unless it says bfloat16, batch 16, two Zen 5 cores, JAX 0.10.2 / 0.12.0.1, medians of
+3 to 7. In all, depthwise 14x14x480 3x3: forward 32 / 24 plain, 1.4 / 1.3 here; and both gradients 138 / 104, here 5.5 / 6.0.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+Pair = tuple[int, int]
+
+
+class Geometry(NamedTuple):
+    """What is static about one convolution, the batch left out; height before width."""
+
+    image_size: Pair
+    kernel_size: Pair
+    stride: Pair
+    padding: tuple[Pair, Pair]
+    groups: int
+    kind: str = "plain"
+
+    @property
+    def output_size(self) -> Pair:
+        sides = zip(self.image_size, self.kernel_size, self.stride, self.padding, strict=True)
+        return tuple((size + sum(padding) - taps) // stride + 1 for size, taps, stride, padding in sides)
+
+
+# Depthwise: shifted multiply-adds, which XLA fuses into a single loop over the padded map. To pad each
+# product instead of the images is faster for a 3x3 alone (0.29 for 0.80 at 28x28x240, stride 2), but not between
+# batch norm and SiLU.
+
+
+def depthwise_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
+    return _multiply_add(images, kernel[:, :, 0], geometry.stride, geometry.padding)
+
+
+def depthwise_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
+    """Each of the stride x stride phases of the map is a correlation of stride 1 with the taps that reach it.
+
+    A cotangent dilated with zeros takes three times as long: 9.2 for 2.9 at 56x56x144, 5x5, stride 2.
+    """
+    (height, width), (row_stride, column_stride) = geometry.image_size, geometry.stride
+    rows, columns = -(-height // row_stride), -(-width // column_stride)
+
+    def phase(row, column):
+        row_taps, row_padding = _phase(row, 0, rows, cotangent.shape[1], geometry)
+        column_taps, column_padding = _phase(column, 1, columns, cotangent.shape[2], geometry)
+        flipped = kernel[row_taps, column_taps, 0][::-1, ::-1]
+        return _multiply_add(cotangent, flipped, (1, 1), (row_padding, column_padding))
+
+    phases = jnp.stack([jnp.stack([phase(r, c) for c in range(column_stride)], 3) for r in range(row_stride)], 2)
+    images = phases.reshape(cotangent.shape[0], rows * row_stride, columns * column_stride, cotangent.shape[3])
+    return images[:, :height, :width]
+
+
+def _phase(phase: int, axis: int, size: int, outputs: int, geometry: Geometry) -> tuple[slice, Pair]:
+    """The taps that join pixels phase, phase + stride, ... to outputs, and the padding that yields `size` of them."""
+    stride, low = geometry.stride[axis], geometry.padding[axis][0]
+    shift, first = divmod(phase + low, stride)
+    taps = len(range(first, geometry.kernel_size[axis], stride))
+    before = taps - 1 - shift
+    return slice(first, None, stride), (before, size + taps - 1 - outputs - before)
+
+
+def depthwise_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
+    """One reduction with an operand for each tap, so that all sums grow together in one pass over the map.
+
+    A reduction for each tap takes 79 for 7.7 at 28x28x240, 5x5. The batch is left to a second sum: 17 without.
+    """
+    dtype = sum_dtype(images)
+    zero = jnp.zeros((), dtype)
+    padded = _pad(images, geometry.padding)
+    outputs = cotangent.shape[1:3]
+    products = [
+        window.astype(dtype) * cotangent.astype(dtype)
+        for window in _windows(padded, geometry.kernel_size, geometry.stride, outputs)
+    ]
+    sums = lax.reduce(products, [zero] * len(products), lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (1, 2))
+    kernel = jnp.stack(sums).sum(1).astype(images.dtype)
+    return kernel.reshape(*geometry.kernel_size, 1, -1)
+
+
+def _multiply_add(images: Array, kernel: Array, stride: Pair, padding: tuple[Pair, Pair]) -> Array:
+    """The depthwise correlation with a kernel [height, width, channels]."""
+    dtype = sum_dtype(images)
+    padded = _pad(images, padding)
+    outputs = tuple((padded.shape[1 + axis] - kernel.shape[axis]) // stride[axis] + 1 for axis in (0, 1))
+    total = jnp.zeros((images.shape[0], *outputs, images.shape[3]), dtype)
+    taps = kernel.astype(dtype).reshape(-1, 1, 1, 1, kernel.shape[2])
+    for tap, window in enumerate(_windows(padded, kernel.shape[:2], stride, outputs)):
+        total += window.astype(dtype) * taps[tap]
+    return total.astype(images.dtype)
+
+
+def _windows(padded: Array, kernel_size: Pair, stride: Pair, outputs: Pair) -> list[Array]:
+    """For each tap, in row-major order, the pixels that it multiplies: [batch, *outputs, channels]."""
+    batch, channels = padded.shape[0], padded.shape[3]
+    last = [(count - 1) * step + 1 for count, step in zip(outputs, stride, strict=True)]
+    return [
+        lax.slice(padded, (0, r, c, 0), (batch, r + last[0], c + last[1], channels), (1, *stride, 1))
+        for r in range(kernel_size[0])
+        for c in range(kernel_size[1])
+    ]
+
+
+def _pad(images: Array, padding: tuple[Pair, Pair], between: Pair = (0, 0)) -> Array:
+    """Pads the two sides of height and width, and between pixels; a negative padding cuts off."""
+    height, width = ((*pair, inner) for pair, inner in zip(padding, between, strict=True))
+    return lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), height, width, (0, 0, 0)))
+
+
+def sum_dtype(images: Array) -> jnp.dtype:
+    """In which sums are kept: float32 for narrower numbers."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(images.dtype).bits < 32 else images.dtype
+
+
+# 1x1: matrix products over the pixels that the stride leaves. The kernel's gradient gains most, 45 to 10 /
+# 57 to 13 at 14x14x1024 to 256; the others are equal or better, 12 to 8.7 / 11.3 to 10.9. bfloat16 operands with a
+# float32 result: 4.7 / 5.1, with a bfloat16 one 9.7 / 7.7.
+
+
+def pointwise_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
+    return _product_over(_strided(images, geometry.stride), kernel[0, 0], (3,), (0,))
+
+
+def pointwise_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
+    images = _product_over(cotangent, kernel[0, 0], (3,), (1,))
+    return _pad(images, *_spread((0, 0), geometry))
+
+
+def pointwise_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
+    images = _strided(images, geometry.stride)
+    if images.shape[3] > cotangent.shape[3]:  # 12.0 to 6.0 at 112x112x32 to 16, 17.1 to 8.9 at 14x14x1024 to 256
+        images, cotangent = (x.reshape(-1, x.shape[3]) for x in (images, cotangent))
+        return _product_over(images, cotangent, (0,), (0,))[None, None]
+    return _product_over(images, cotangent, (0, 1, 2), (0, 1, 2))[None, None]
+
+
+# Between dense and depthwise (ResNeXt): the kernel's gradient, which XLA expands to a dense one, as a batched product
+# for each tap. 14x14x512 in 32 groups: 2754 to 29 (JAX 0.10.2).
+
+
+def grouped_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
+    def split(x: Array) -> Array:
+        return x.reshape(*x.shape[:3], geometry.groups, x.shape[3] // geometry.groups)
+
+    shape = (*geometry.kernel_size, images.shape[3] // geometry.groups, cotangent.shape[3])
+    padded, cotangent = _pad(images, geometry.padding), split(cotangent)
+    products = [
+        jnp.einsum("nhwgi,nhwgo->igo", split(window), cotangent, preferred_element_type=sum_dtype(images))
+        for window in _windows(padded, geometry.kernel_size, geometry.stride, geometry.output_size)
+    ]
+    return jnp.stack(products).reshape(shape).astype(images.dtype)
+
+
+# A matrix product for each tap, for two kinds. Tiny maps, with fewer pixels in images or outputs than the kernel has
+# taps: XLA has a plain loop for them. The 3x3 convolution of 2x2x512, batch 64, takes 403, here 3.6, and the gradient of its
+# images 409 for 4.2 (JAX 0.10.2); that of the kernel is fast as it stands. And bfloat16: XLA widens the operands of a
+# convolution to float32, but not those of a product with a float32 result, which the CPU's own bfloat16 instructions
+# compute. 14x14x256 3x3: 9.7 to 6.0, its gradients 9.7 to 5.8 and 13.5 to 12.8; 14x14x512: 39 to 21, 43 to 20, 54 to 33.
+# In float32 the convolution is as fast as products are: 9.2 for 11.6 at 14x14x256.
+
+
+def by_taps_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
+    padded = _pad(images, geometry.padding)
+    taps = kernel.reshape(-1, *kernel.shape[2:])
+    windows = _windows(padded, geometry.kernel_size, geometry.stride, geometry.output_size)
+    products = [_wide_product(window, tap, (3,), (0,)) for window, tap in zip(windows, taps, strict=True)]
+    return sum(products).astype(images.dtype)
+
+
+def by_taps_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
+    total = 0
+    for row, column in np.ndindex(*geometry.kernel_size):
+        product = _wide_product(cotangent, kernel[row, column], (3,), (1,))
+        total += _pad(product, *_spread((row, column), geometry))
+    return total.astype(cotangent.dtype)
+
+
+def by_taps_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
+    windows = _windows(_pad(images, geometry.padding), geometry.kernel_size, geometry.stride, geometry.output_size)
+    products = [_wide_product(window, cotangent, (0, 1, 2), (0, 1, 2)) for window in windows]
+    return jnp.stack(products).reshape(*geometry.kernel_size, *products[0].shape).astype(images.dtype)
+
+
+def _spread(tap: Pair, geometry: Geometry) -> tuple[tuple[Pair, Pair], Pair]:
+    """The padding around the outputs, and the zeros between them, that put each onto the pixel that `tap` multiplies."""
+    sides = zip(tap, geometry.image_size, geometry.output_size, geometry.stride, geometry.padding, strict=True)
+    around = []
+    for tap, size, outputs, stride, (low, _) in sides:
+        around.append((tap - low, size - (tap - low) - (outputs - 1) * stride - 1))
+    return tuple(around), tuple(stride - 1 for stride in geometry.stride)
+
+
+def _strided(images: Array, stride: Pair) -> Array:
+    return lax.slice(images, (0, 0, 0, 0), images.shape, (1, *stride, 1))
+
+
+def _product_over(left: Array, right: Array, left_axes: tuple[int, ...], right_axes: tuple[int, ...]) -> Array:
+    return _wide_product(left, right, left_axes, right_axes).astype(left.dtype)
+
+
+def _wide_product(left: Array, right: Array, left_axes: tuple[int, ...], right_axes: tuple[int, ...]) -> Array:
+    """The product summed over these axes, in the dtype of sums: float32 for narrower operands."""
+    return lax.dot_general(left, right, ((left_axes, right_axes), ((), ())), preferred_element_type=sum_dtype(left))

@@ -1,0 +1,62 @@
+"""The maximum over windows: its gradient on a CPU against JAX's own, and what torch's `ceil_mode` leaves out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from cnnfamily.models.pooling import max_pool, max_pool_to_the_edge
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+# (size of the image, window, stride, padding), and the padding that JAX's pool needs for the same windows.
+CASES = [
+    ((6, 8), 2, 2, 0, ((0, 0), (0, 0))),
+    ((7, 8), 3, 2, 1, ((1, 1), (1, 2))),
+    ((5, 6), 3, 1, 1, ((1, 1), (1, 1))),
+    ((7, 6), 3, 2, 0, ((0, 0), (0, 1))),
+    ((8, 8), 2, 3, 0, ((0, 0), (0, 0))),  # pixels between the windows
+    ((3, 3), 3, 3, 0, ((0, 0), (0, 0))),
+]
+
+
+@pytest.mark.parametrize(("size", "window", "stride", "padding", "edges"), CASES)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_equals_jax_in_value_and_gradient(x64, size, window, stride, padding, edges, dtype):
+    x = jnp.asarray(draw(2, *size, 3), dtype)
+
+    def plain(x):
+        return nn.max_pool(x, (window, window), (stride, stride), padding=edges)
+
+    @jax.jit
+    def both(x):
+        found, pull = jax.vjp(lambda x: max_pool_to_the_edge(x, window, stride, padding), x)
+        expected, pull_plain = jax.vjp(plain, x)
+        cotangent = jnp.asarray(draw(*expected.shape, seed=1), dtype)
+        return (found, *pull(cotangent)), (expected, *pull_plain(cotangent))
+
+    (found, gradient), (expected, expected_gradient) = both(x)
+    np.testing.assert_array_equal(found, expected)
+    assert gradient.dtype == expected_gradient.dtype
+    tolerance = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 0.03}[dtype]  # bfloat16: JAX rounds after each addition
+    np.testing.assert_allclose(np.float64(gradient), np.float64(expected_gradient), rtol=tolerance, atol=tolerance)
+
+
+def test_of_equal_maxima_the_first_has_the_gradient():
+    """After ReLU most windows have several zeros; torch and JAX take the first, row by row."""
+    x = np.zeros((1, 4, 4, 1), np.float32)
+    x[0, 1, 0] = x[0, 1, 1] = 2
+    gradient = jax.grad(lambda x: (max_pool(x, 2, 2) * jnp.array([[1, 2], [3, 4]], jnp.float32)[None, ..., None]).sum())(x)
+    np.testing.assert_array_equal(gradient[0, ..., 0], [[0, 0, 2, 0], [1, 0, 0, 0], [3, 0, 4, 0], [0, 0, 0, 0]])
+
+
+def test_a_second_derivative():
+    x = jnp.asarray(draw(1, 4, 4, 2), jnp.float32)
+    hessian = jax.jacrev(jax.grad(lambda x: (max_pool(x, 2, 2) ** 3).sum()))(x).reshape(32, 32)
+    expected = jax.jacrev(jax.grad(lambda x: (nn.max_pool(x, (2, 2), (2, 2)) ** 3).sum()))(x).reshape(32, 32)
+    np.testing.assert_allclose(hessian, expected, rtol=1e-6)
+    assert np.count_nonzero(hessian) == 8
