@@ -1,6 +1,7 @@
 """cnnfamily: the classic convolutional networks in JAX and Flax, exact to their papers, trained by one loop.
 
-    models/      the networks: layers.py, one file a family; convolution.py chooses how a convolution is computed
+    models/      the networks: layers.py, one file a family; convolution.py chooses how a convolution is computed (cpu_forms.py),
+                 batch_norm.py and pooling.py have gradients of their own
     data/        sources.py (what images), batches.py (which, when), augment.py (changed how), feed.py (onto the devices);
                  known.py (the well-known sets); preprocessing.py (what images go through before published weights)
     step.py      the mathematics of one update; losses.py, optim.py and rng.py belong to it
@@ -8,6 +9,8 @@
                  runlog.py, disk.py, nonfinite.py and progress.py serve it
     weights.py   published weights in and out; naming.py has torch's names, convert.py finds where two networks part
     sweep.py     runs the rows of a study.py, here or by slurm.py; report.py makes table and figures of them
+    benchmark.py speed, memory and where a step's time goes (profile_layers.py, ceilings.py); programs.py keeps compiled ones;
+                 fold.py takes batch norm out of a network for inference
     evaluate.py  figures of a run; summary.py counts, published.py what papers print; scaling.py width, depth and resolution;
                  config.py reads configs/
 
@@ -30,6 +33,7 @@ _PUBLIC = {
     "preprocess": "data.preprocessing",
     "imagenet_classes": "data.preprocessing",
     "load_pretrained": "weights",
+    "fold_batch_norm": "fold",
     "state_dict": "weights",
 }
 __all__ = list(_PUBLIC)
