@@ -18,6 +18,8 @@ from cnnfamily.models import model_config
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Not of the network but of the data, the machine and the length of a run: they stay when config.model.name is set to another.
 _KEPT_FIELDS = ("num_classes", "dtype", "norm_group", "norm_momentum")
+# Of how a run is carried out and not of what it computes: with another value it goes on, and is the same row of a study.
+_OF_NO_RESULT = ("keep_programs",)
 
 
 def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -170,6 +172,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = json.loads(json.dumps(value))
     return flat
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat config without what cannot change a result: two runs with the same one are the same run."""
+    return {key: value for key, value in flatten(config).items() if key not in _OF_NO_RESULT}
 
 
 def to_json(config: ConfigDict) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from cnnfamily import checkpoint, errors, interrupt, losses, models, optim, parallel, processes, runlog, weights
+from cnnfamily import checkpoint, errors, interrupt, losses, models, optim, parallel, processes, programs, runlog, weights
 from cnnfamily import config as configs
 from cnnfamily.data import feed
 from cnnfamily.step import TrainState, create_state, eval_step, take
@@ -223,10 +223,13 @@ def main(argv: list[str]) -> None:
     options = {"crops": arguments.crops, "recalibrate": arguments.recalibrate}
     overrides = {"model.name": arguments.model} | configs.read_overrides(rest, "--model=, --weights=, --config=")
     with processes.session():
-        if arguments.workdir:
-            metrics = evaluate_run(arguments.workdir, which=arguments.checkpoint, average=arguments.average, **options)
-        else:
-            metrics = evaluate_weights(arguments.weights, configs.load_config(arguments.config, overrides), **options)
+        run = arguments.workdir and Path(arguments.workdir)
+        config = runlog.read_config(run) if run else configs.load_config(arguments.config, overrides)
+        with programs.kept(config):
+            if arguments.workdir:
+                metrics = evaluate_run(arguments.workdir, which=arguments.checkpoint, average=arguments.average, **options)
+            else:
+                metrics = evaluate_weights(arguments.weights, config, **options)
         if jax.process_index() == 0:
             print(json.dumps(metrics))
 

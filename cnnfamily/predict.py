@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from cnnfamily import errors, runlog
+from cnnfamily import errors, programs, runlog
 from cnnfamily.data import augment, feed, preprocessing, sources
 from cnnfamily.data.decoding import BadImageError, decode
 from cnnfamily.data.folder import SUFFIXES
@@ -105,9 +105,11 @@ def main(argv: list[str]) -> None:
         raise errors.UsageError("expected either --workdir=DIR, or --model=NAME with --weights=FILE")
     paths = find_images(arguments.images)
     if arguments.workdir:
-        rows = predict_images(arguments.workdir, paths)
+        with programs.kept(runlog.read_config(Path(arguments.workdir))):
+            rows = predict_images(arguments.workdir, paths)
     else:
-        rows = predict_with_weights(arguments.model, arguments.weights, paths)
+        with programs.kept():
+            rows = predict_with_weights(arguments.model, arguments.weights, paths)
     for path, row in zip(paths, rows, strict=True):
         print(f"{path}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in row))
 

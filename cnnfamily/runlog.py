@@ -37,7 +37,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
         if (workdir / "manifest.json").exists() and disk.digest(configs.to_json(config)) != read_manifest(workdir)["config"]:
             raise UsageError(f"workdir {workdir} holds a run with another config, and no config.json; take another --workdir")
         return
-    ours, theirs = configs.flatten(config), configs.flatten(read_config(workdir))
+    ours, theirs = configs.identity(config), configs.identity(read_config(workdir))
     missing = object()
     differ = [key for key in sorted(ours | theirs) if ours.get(key, missing) != theirs.get(key, missing)]
     if differ:

@@ -121,7 +121,7 @@ def _row(base: str, number: int, overrides: dict[str, Any], file: Path, same: se
         optim.learning_rate_schedule(config.optim, total_steps=10**6, steps_per_epoch=1000, batch_size=config.batch_size)
     except UsageError as error:
         raise UsageError(f"row {number} of {file} {overrides}: {error}") from error
-    flat = json.dumps(configs.flatten(config), sort_keys=True)
+    flat = json.dumps(configs.identity(config), sort_keys=True)
     label = _text({key: value for key, value in overrides.items() if key not in same}) or "base"
     return Row(number, overrides, config, disk.digest(flat)[:12], label)
 

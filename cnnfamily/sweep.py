@@ -144,10 +144,6 @@ def run_study(study: Study, workdir: Path, *, jobs: int = 0, only: str = "", ret
       UsageError: rows failed; the others are done.
     """
     jobs = jobs or max(1, len(gpu_names()))
-    # Rows share their programs, small ones too: JAX leaves out by itself what compiles within a second.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((workdir / "cache").resolve()))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     runner = Runner(study, workdir, jobs=jobs, retry=retry)
     rows, done = study.select(only), study.ended(retry=retry)
     waiting = [row for row in rows if row.hash not in done]

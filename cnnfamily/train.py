@@ -3,11 +3,17 @@
 The same command again continues an unfinished run and says so of a finished one.
 """
 
+if __name__ == "__main__":  # before the imports below, which a second start would do again
+    from cnnfamily import memory
+
+    memory.use_huge_pages()
+
 import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +26,12 @@ from cnnfamily import (
     errors,
     interrupt,
     losses,
-    memory,
     models,
     nonfinite,
     optim,
     parallel,
     processes,
+    programs,
     runlog,
 )
 from cnnfamily import config as configs
@@ -66,6 +72,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
 
     with contextlib.ExitStack() as stack:
         # Data and devices
+        stack.enter_context(programs.kept(config))
         loggers = boards.chosen(config)
         mesh = parallel.data_mesh()
         data = feed.load_data(config)
@@ -99,6 +106,8 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 aux_weight=config.aux_weight,
             )
 
+        aside = stack.enter_context(ThreadPoolExecutor(1))  # XLA compiles and loads outside of Python, which is free meanwhile
+
         @functools.cache  # one compilation a resolution
         def program(resolution):
             step_function = functools.partial(
@@ -109,14 +118,17 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 ema_warmup=config.ema.warmup,
             )
             update = parallel.map_over_devices(interrupt.agree(step_function), mesh, batch_axis=1, outputs=2, donate=True)
-            return update.lower(state, batch, train.store).compile()
+            return aside.submit(update.lower(state, batch, train.store).compile)
 
         report.say(f"{config.model.name} on {data.name}, {mesh.size} {jax.devices()[0].device_kind}: {workdir}")
         stop = interrupt.StopRequest()
         with report.busy("compiling"):
             batch = stop.add(train.batch(first_step), mesh, batch_axis=1)
-            program(train.resolution(first_step))
+            first = program(train.resolution(first_step))
+            if jax.process_count() > 1:  # their GPUs tell each other what they measure for a program: one after another
+                first.result()
             evaluator = make_evaluator(network, test, state, stop)
+            first.result()
 
         # Run directory: nothing is written before everything above has been accepted
         runlog.check_data(workdir, data)
@@ -170,7 +182,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             resolution = train.resolution(step - 1)
             if step - 1 > first_step and resolution != train.resolution(step - 2):
                 report.say(f"step {step}: images of {resolution} pixels, compiling")
-            state, measured = program(resolution)(state, batch, train.store)
+            state, measured = program(resolution).result()(state, batch, train.store)
             values = {name: float(value) for name, value in stop.read(jax.device_get(measured)).items()}
             clock.count_step()
             epoch = step / train.steps_per_epoch
@@ -252,5 +264,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    memory.use_huge_pages()
     errors.run_command(main)

@@ -39,6 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.seed = 0  # of initialisation, order, augmentation, dropout and stochastic depth: a run is a function of it
     config.batch_size = 64  # examples a step, over all devices
     config.accumulate_steps = 1  # micro-batches a step, for batches that do not fit; batch norm sees one micro-batch
+    config.keep_programs = True  # compiled ones on disk, for the next start; False: they are neither read nor written
     config.total_epochs = 30.0
     config.total_steps = 0
     config.loss = "cross_entropy"  # or binary_cross_entropy; evaluations always have the first
