@@ -1,0 +1,197 @@
+"""The study of speeds: the plain networks are the same functions, the sides are what they say, tables and resuming."""
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import cnnfamily
+from cnnfamily.models import googlenet
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments" / "speed"))
+import compare
+import plain
+import side
+
+SMALL = {"width": 0.25, "resolution": 64, "num_classes": 10}
+FAMILIES = {  # a small variant of each
+    "lenet5": {"width": 0.5},
+    "alexnet": SMALL | {"hidden": 64},
+    "vgg11_bn": SMALL | {"resolution": 32, "hidden": 64},
+    "resnet18": SMALL | {"resolution": 32},
+    "googlenet": SMALL | {"resolution": 33, "aux": True, "modules": googlenet.MODULES[1:4]},
+    "mobilenet_v1": SMALL | {"resolution": 33, "depth": 0.2},
+    "mobilenet_v2": SMALL | {"resolution": 33, "depth": 0.3},
+    "mobilenet_v3_small": SMALL | {"depth": 0.3},
+    "efficientnet_b0": SMALL | {"resolution": 33, "depth": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_plain_form_is_the_same_function(name):
+    plain.check(name, **FAMILIES[name])
+
+
+@pytest.mark.parametrize("name", [*compare.MODELS, "efficientnet_b4"])
+def test_the_plain_form_has_the_same_variables(name):
+    plain.check_trees(cnnfamily.create_model(name, **({"aux": True} if name == "googlenet" else {})), resolution=0)
+
+
+def test_a_tree_that_differs_is_seen(monkeypatch):
+    monkeypatch.setitem(plain.REPLACED, "Linear", lambda units, *_, name, **__: plain.nn.Dense(units + 1, name=name))
+    with pytest.raises(AssertionError, match="LeNet5: 4 variables differ"):
+        plain.check_trees(cnnfamily.create_model("lenet5"))
+
+
+def test_a_function_that_differs_is_seen(monkeypatch):
+    monkeypatch.setitem(plain.REPLACED, "max_pool", lambda x, *_: plain.nn.avg_pool(x.astype("float32"), (2, 2), (2, 2)))
+    with jax.numpy_dtype_promotion("standard"), pytest.raises(AssertionError, match="logits differ by"):
+        plain.check("lenet5")
+
+
+@pytest.mark.parametrize("name", ["googlenet", "efficientnet_b0", "vgg11_bn"])
+def test_nothing_of_our_layers_is_left_in_the_plain_form(name):
+    network = cnnfamily.create_model(name, **FAMILIES[name])
+    images = np.zeros((1, 64, 64, 3), np.float32)
+    variables = plain.tree(network, 64)
+
+    def program() -> str:
+        return str(jax.make_jaxpr(lambda *given: network.apply(*given))(variables, images))
+
+    assert "custom_vjp" in program()
+    with plain.layers_replaced():
+        assert "custom_vjp" not in program()
+
+
+@pytest.mark.parametrize("which", ["ours", "plain"])
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_a_side_answers_for_its_own_layers(which, mode, monkeypatch):
+    made, answers = [], []
+    conv = plain.conv
+    monkeypatch.setitem(plain.REPLACED, "Conv", lambda *given, **named: made.append(1) or conv(*given, **named))
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"steps": 1}\n{"steps": 3}\n'))
+    job = {"side": which, "model": "lenet5", "dtype": "float32", "mode": mode, "batch": 2, "resolution": 32}
+    with jax.numpy_dtype_promotion("standard"):
+        side.run(argparse.Namespace(**job), answers.append)
+    assert list(answers[0]) == ["ready"]
+    assert [list(answer) for answer in answers[1:]] == [["seconds", "loss"]] * 2
+    assert bool(made) == (which == "plain")
+    if mode == "train":
+        assert answers[2]["loss"] < answers[1]["loss"], "the state goes on from burst to burst"
+
+
+def cells(**sides) -> dict:
+    return {name: {"images_per_second": rates, "steps": 1} for name, rates in sides.items()}
+
+
+def row_of(model, dtype, mode, sides) -> dict:
+    job = {"model": model, "dtype": dtype, "mode": mode, "batch": 16, "resolution": 224}
+    return job | {"rounds": 3, "commit": "abc", "sides": sides}
+
+
+FLOAT32 = cells(ours=[10, 12, 11], plain=[5, 5, 5.5], eager=[8, 9, 7]) | {"compile": {"failed": "no | compiler"}}
+STUDY = {
+    "machine": {"device": "cpu", "processor": "P", "cores": 2, "system": "Linux"},
+    "versions": {"jax": "0.10.2", "torch": "2.13.0"},
+    "commands": ["python experiments/speed/compare.py"],
+    "rows": [
+        row_of("resnet50", "float32", "train", FLOAT32),
+        row_of("resnet50", "bfloat16", "train", cells(ours=[22, 24, 20], plain=[11, 12, 11], eager=[40, 44, 48])),
+        row_of("vgg16", "float32", "infer", {"ours": {"not_measured": "no batch norm"}} | cells(eager=[1000, 2000, 1500])),
+    ],
+}
+
+
+def test_table():
+    head, _, resnet, vgg = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in compare.table(STUDY).splitlines() if line[:1] == "|"
+    )
+    resnet, vgg = dict(zip(head, resnet, strict=True)), dict(zip(head, vgg, strict=True))
+    assert resnet["ours float32"] == "11.0 (10.0 to 12.0)"
+    assert resnet["compile float32"] == "failed: no / compiler"
+    assert resnet["ours / torch float32"] == "2.75"  # 22 / 8
+    assert resnet["ours / torch"] == "0.50"  # 22 / 44
+    assert resnet["ours / plain, float32"] == "2.00 (2.00 to 2.40)"
+    assert resnet["ours / plain, bfloat16"] == "2.00 (1.82 to 2.00)"
+    assert vgg["mode"] == "infer"
+    assert vgg["ours float32"] == "not measured: no batch norm"
+    assert vgg["eager float32"] == "1500 (1000 to 2000)"
+    assert vgg["ours bfloat16"] == "not measured"
+    assert vgg["ours / torch"] == vgg["ours / plain, float32"] == ""
+    for what in ("n = 3 bursts", "P, 2 cores", "torch 2.13.0", "`python experiments/speed/compare.py`"):
+        assert what in compare.table(STUDY)
+
+
+def test_a_finished_row_is_not_measured_again():
+    job = {"model": "resnet50", "dtype": "bfloat16", "mode": "train", "batch": 16, "resolution": 224}
+    wanted = ["ours", "eager"]
+
+    def left(sides=wanted, rounds=3, **changed):
+        return compare.sides_to_measure(STUDY["rows"], job | changed, sides, rounds)
+
+    assert left() == []
+    assert left(rounds=5) == wanted
+    assert left(mode="infer") == wanted
+    assert left(batch=32) == wanted
+    assert left(sides=["compile"]) == ["ours", "plain", "eager", "compile"], "a row is measured in one go"
+    assert left(dtype="float32", sides=["compile"]) == [], "a side that failed is finished"
+
+
+def test_results_of_another_machine_are_refused(tmp_path):
+    file = tmp_path / "cpu.json"
+    file.write_text(json.dumps(STUDY))
+    where = {"machine": STUDY["machine"], "versions": {"jax": "0.10.2", "timm": "1.0"}}
+    assert compare.load(file, where)["rows"] == STUDY["rows"]
+    assert compare.load(file, where)["versions"] == {"jax": "0.10.2", "torch": "2.13.0", "timm": "1.0"}
+    assert compare.load(tmp_path / "new.json", where)["rows"] == []
+    for part, changed in (("versions", {"jax": "0.12"}), ("machine", {"cores": 4})):
+        with pytest.raises(SystemExit, match="another machine or other versions"):
+            compare.load(file, where | {part: where[part] | changed})
+
+
+class Fake:
+    """A side with steps of so many seconds that notes what it was asked."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.asked = seconds, []
+
+    def burst(self, steps, timeout):
+        self.asked.append(steps)
+        return {"seconds": self.seconds * steps}
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.001, 1500), (0.4, 4), (7.0, 1)])
+def test_a_burst_takes_about_the_time_it_should(seconds, steps):
+    fake = Fake(seconds)
+    assert compare.steps_for(fake, 1.5, 60) == steps
+    assert sum(fake.asked) * seconds < max(7.5, seconds * 2)
+
+
+def test_a_side_that_ends_is_a_cell_and_no_end(monkeypatch, tmp_path):
+    script = """
+import json, sys
+job = json.loads(sys.argv[1])
+if job["side"] == "plain": sys.exit("no /home/someone/such thing")
+print(json.dumps({"ready": 0.1}), flush=True)
+for line in sys.stdin:
+    if job["side"] == "eager": print(json.dumps({"failed": "out of memory"}), flush=True)
+    else: print(json.dumps({"seconds": 0.5, "loss": 1.0}), flush=True)
+"""
+    (tmp_path / "side.py").write_text(script)
+    monkeypatch.setattr(compare, "HERE", tmp_path)
+    jobs = {name: {"side": name, "batch": 4} for name in ("ours", "plain", "eager")}
+    arguments = argparse.Namespace(start_timeout=60, seconds=0.5, rounds=2)
+    found = compare.measure(jobs, dict.fromkeys(jobs, sys.executable), arguments)
+    assert found["ours"] == {"images_per_second": [8.0, 8.0], "start_seconds": 0.1, "steps": 1, "loss": 1.0}
+    assert found["eager"] == {"failed": "out of memory"}
+    assert found["plain"] == {"failed": "ended with status 1; no such thing"}
+
+
+def test_results_name_no_folders():
+    command = compare.command_line(["--models=lenet5", "--out=/home/me/x.json", "--torch-python", "/opt/env/bin/python"])
+    assert command == "python experiments/speed/compare.py --models=lenet5 --out=x.json --torch-python python"
