@@ -239,8 +239,8 @@ def text_row(row: dict) -> str:
     needed = "-" if row["program_bytes"] is None else f"{row['program_bytes'] / 2**20:,.0f}"
     quartiles = f"{row['milliseconds_low']:,.2f} - {row['milliseconds_high']:,.2f}"
     text = (
-        f"{row['name']:<19}{row['mode']:<6}{row['resolution']:>6}{row['images_per_second']:>11,.1f}{row['milliseconds']:>10,.2f}"
-        f"{quartiles:>20}{row['compile_seconds_cold']:>8.2f}{row['compile_seconds_cached']:>7.2f}"
+        f"{row['name']:<19}{row['mode']:<6}{row['resolution']:>6}{row['images_per_second']:>11,.1f}"
+        f"{row['milliseconds']:>10,.2f}{quartiles:>20}{row['compile_seconds_cold']:>8.2f}{row['compile_seconds_cached']:>7.2f}"
         f"{needed:>9}{row['matrix_share']:>8.1%}{row['bandwidth_share']:>10.1%}"
     )
     layers = row.get("by_layer")
