@@ -117,8 +117,10 @@ def train_step(
     zero = jax.tree.map(jnp.zeros_like, (state.params, state.batch_stats))
     zero = (*zero, jnp.zeros((), _float_dtype(state.params)), jnp.zeros((), jnp.float32))
     total, choices = _accumulate(add_micro_batch, zero, batch)
-    # One reduction for everything that devices must agree on. Under check_vma=False gradients are still local here.
-    total = lax.pmean(total, axis_name)
+    # One reduction for everything that devices must agree on. Under check_vma=False gradients are still local here. On a CPU
+    # one of a single device is not removed but copies: 8 of the 26 ms of a step of a small MobileNetV3.
+    if lax.axis_size(axis_name) > 1:
+        total = lax.pmean(total, axis_name)
     grads, batch_stats, loss, top1 = jax.tree.map(lambda x: x / batch["position"].shape[0], total)
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a float to an integer power; all else may be strict
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
