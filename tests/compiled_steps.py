@@ -23,7 +23,7 @@ BATCH, SIDE = 8, 64
 # Of each family two or three blocks: a step's compilation costs seconds, and what fusion does it does in each block.
 NETWORKS = {
     "efficientnet_b0": {"stages": ((1, 16, 1, 1, 3), (6, 24, 1, 2, 3), (6, 40, 1, 2, 5)), "head_filters": 128},
-    "mobilenet_v2": {"width": 0.5, "depth": 0.3},
+    "mobilenet_v2": {"stages": ((1, 16, 1, 1), (6, 24, 2, 2)), "head_filters": 128},
     "resnet50": {"stage_sizes": (1, 1), "width": 0.5},
 }
 DTYPES = ("float32", "bfloat16")

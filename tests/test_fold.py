@@ -9,16 +9,17 @@ from cnnfamily import create_model
 from cnnfamily.errors import UsageError
 from cnnfamily.fold import fold_batch_norm
 from cnnfamily.models import initialize
+from cnnfamily.models.googlenet import MODULES
 
 SMALL = {
     "resnet20_cifar": {"stage_sizes": (1, 1, 1)},
     "resnet50": {"stage_sizes": (1, 1), "width": 0.25},
     "vgg11_bn": {"width": 0.125},
-    "googlenet": {"width": 0.25},
-    "mobilenet_v1": {"width": 0.25},
-    "mobilenet_v2": {"width": 0.25},
-    "mobilenet_v3_small": {"width": 0.25},
-    "efficientnet_b0": {"width": 0.25},
+    "googlenet": {"width": 0.25, "modules": MODULES[2:3]},
+    "mobilenet_v1": {"stages": ((8, 2, 2),)},
+    "mobilenet_v2": {"stages": ((1, 8, 1, 1), (6, 8, 2, 2))},
+    "mobilenet_v3_small": {"stages": ((3, 16, 16, True, "RE", 2), (3, 16, 16, True, "HS", 1))},
+    "efficientnet_b0": {"stages": ((1, 8, 1, 1, 3), (6, 8, 2, 2, 5))},
 }
 
 
