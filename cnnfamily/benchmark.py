@@ -80,13 +80,16 @@ class Program:
         return outputs
 
 
-def training(network: nn.Module, batch: int, *, resolution: int = 0, mesh: Mesh | None = None) -> Program:
+def training(
+    network: nn.Module, batch: int, *, resolution: int = 0, mesh: Mesh | None = None, recompute: bool = False
+) -> Program:
     """The product's training step: SGD with momentum 0.9 on one batch of random uint8 images and labels.
 
     Args:
       batch: examples on all devices together.
       resolution: side of the images in pixels; 0: the network's own.
       mesh: as from `parallel.data_mesh`, which it is by default.
+      recompute: the field of `step.Objective`.
 
     Raises:
       UsageError: the batch cannot be divided over the devices, or the network cannot take such images.
@@ -95,7 +98,7 @@ def training(network: nn.Module, batch: int, *, resolution: int = 0, mesh: Mesh 
     optimizer = optax.sgd(1e-3, momentum=0.9)
     variables = models.initialize(network, jax.random.key(0), resolution=resolution)
     state = jax.jit(functools.partial(create_state, optimizer=optimizer, ema=False))(variables)
-    objective = Objective(network.clone(axis_name=parallel.AXIS), _view, seed=0)
+    objective = Objective(network.clone(axis_name=parallel.AXIS), _view, seed=0, recompute=recompute)
     update = functools.partial(train_step, objective=objective, optimizer=optimizer)
     function = parallel.map_over_devices(update, mesh, batch_axis=1, outputs=2, donate=True)
     arrays = {"images": _images(network, batch, resolution), "labels": np.arange(batch, dtype=np.int32) % network.num_classes}

@@ -20,10 +20,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from cnnfamily.models import cpu_forms as cpu
 from cnnfamily.models.cpu_forms import Geometry, Pair
 
+KEPT = "convolution"  # under this name a policy of `jax.checkpoint` finds every output
+EVERYWHERE: set[str] = set()  # kinds below that take their form of a CPU on every platform: experiments/speed/candidates.py
 MOST_TAPS = 49  # of those that become a product a tap: for the 256 of a 16x16 kernel that compiles for five seconds
 FEWEST_CHANNELS = 96  # of a dense convolution in bfloat16 that does: with 64 the products are too small to win
 
@@ -52,8 +55,10 @@ def convolution(
     geometry = Geometry(images.shape[1:3], kernel.shape[:2], tuple(stride), (padding_rows, padding_columns), groups)
     kind = _kind(images, kernel, geometry)
     if kind == "plain":
-        return _plain_output(images, kernel, geometry)
-    return _output(*_vary_alike(images, kernel), geometry._replace(kind=kind))
+        output = _plain_output(images, kernel, geometry)
+    else:
+        output = _output(*_vary_alike(images, kernel), geometry._replace(kind=kind))
+    return checkpoint_name(output, KEPT)
 
 
 def _kind(images: Array, kernel: Array, geometry: Geometry) -> str:
@@ -130,8 +135,9 @@ def _product(elsewhere: Callable, **on_cpu: Callable) -> jax.custom_vjp:
     @partial(jax.jit, static_argnums=2)  # a shape that repeats, as most blocks of a network do, is traced once
     def product(left: Array, right: Array, geometry: Geometry) -> Array:
         here = on_cpu.get(geometry.kind, elsewhere)
+        default = here if geometry.kind in EVERYWHERE else elsewhere
         return lax.platform_dependent(
-            left, right, cpu=partial(here, geometry=geometry), default=partial(elsewhere, geometry=geometry)
+            left, right, cpu=partial(here, geometry=geometry), default=partial(default, geometry=geometry)
         )
 
     return jax.custom_vjp(product, nondiff_argnums=(2,))

@@ -58,7 +58,7 @@ class Worker:
 
     def __init__(self, job: dict, python: str):
         self.answers, self.complaints = queue.Queue(), collections.deque(maxlen=1)
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | job.get("environment", {})
         self.process = subprocess.Popen(
             [python, str(HERE / "side.py"), json.dumps(job)],
             stdin=subprocess.PIPE,
@@ -143,7 +143,9 @@ def measure(jobs: dict[str, dict], pythons: dict[str, str], arguments: argparse.
 
         for side, worker, cell in in_turn():
             try:
-                cell["start_seconds"] = worker.answer(deadline - time.monotonic())["ready"]
+                answer = worker.answer(deadline - time.monotonic())
+                cell["start_seconds"] = answer["ready"]
+                cell |= {"temporary_bytes": answer["temporary_bytes"]} if "temporary_bytes" in answer else {}
             except Gone as gone:
                 late = {"failed": f"not ready in {arguments.start_timeout} s"}
                 give_up(side, Gone(late) if gone.cell == {"failed": "no answer in time"} else gone)
@@ -227,8 +229,8 @@ def command_line(arguments: list[str]) -> str:
 
 
 def without_folders(text: str) -> str:
-    """Results go into the repository, where the folders of a machine have no place."""
-    return re.sub(r"/(?:[\w.+-]+/)+", "", text)
+    """Results go into the repository, where the folders of a machine have no place; a path within it stays."""
+    return re.sub(r"(?<![\w.+-])/(?:[\w.+-]+/)+", "", text)
 
 
 # The table
