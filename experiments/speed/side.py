@@ -334,8 +334,8 @@ def answer(job: Namespace, say: Callable[[dict], None]) -> None:
     memory = {"temporary_bytes": burst.temporary_bytes} if hasattr(burst, "temporary_bytes") else {}
     say({"ready": round(time.perf_counter() - start, 1), **memory})
     for line in sys.stdin:
-        # Not timed: while a side waits, a virtual machine's host takes the pages back that it has freed, and the first step
-        # faults them in again. MobileNetV2's after 3 seconds' pause had half the images/s of the next.
+        # Not timed: after a pause the pages that a step had freed cost more to fault in again. MobileNetV2's first step after
+        # 3 seconds had half the images/s of the next, and nearly as many where the C library keeps what is freed.
         burst(1)
         start = time.perf_counter()
         loss = burst(json.loads(line)["steps"])
