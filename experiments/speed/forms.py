@@ -1,0 +1,121 @@
+"""Milliseconds of every form of a convolution in `cnnfamily/models/cpu_forms.py`, beside the plain one and others.
+
+`python experiments/speed/forms.py [PATTERN]` on a CPU with nothing else running; PATTERN is part of a row's name. Each
+product of each shape runs in all its forms in turn, after one call that compiles it. Prints a Markdown table.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from cnnfamily import memory
+from cnnfamily.models import convolution, cpu_forms
+from cnnfamily.models.cpu_forms import Geometry
+
+BATCH, ROUNDS = 16, 7
+POINTWISE = ((112, 32, 16), (112, 16, 96), (56, 24, 144), (56, 144, 24), (56, 64, 64), (56, 64, 256), (56, 256, 64))
+POINTWISE += ((28, 40, 240), (28, 128, 512), (28, 512, 128), (14, 112, 672), (14, 256, 1024), (14, 1024, 256))
+POINTWISE += ((7, 320, 1280), (7, 2048, 512))
+DENSE = ((224, 3, 32, 3, 2), (224, 3, 64, 7, 2), (56, 64, 64, 3, 1), (56, 128, 128, 3, 2), (28, 128, 128, 3, 1))
+DENSE += ((14, 256, 256, 3, 1), (14, 512, 512, 3, 2), (7, 512, 512, 3, 1))
+DEPTHWISE = ((112, 32, 3, 1), (112, 96, 3, 2), (56, 144, 5, 2), (28, 240, 3, 2), (14, 480, 3, 1), (14, 672, 5, 1))
+DEPTHWISE += ((7, 1152, 5, 1),)
+
+
+def flat(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def product(left: Array, right: Array, axes: tuple[int, ...]) -> Array:
+    return cpu_forms._wide_product(left, right, axes, axes)
+
+
+def kernel_in_4d(images: Array, cotangent: Array, geometry: Geometry) -> Array:
+    """A product for each tap over batch, height and width as they are."""
+    return taps(images, cotangent, geometry, lambda window: product(window, cotangent, (0, 1, 2)))
+
+
+def kernel_in_2d(images: Array, cotangent: Array, geometry: Geometry) -> Array:
+    """The same over the pixels in one dimension."""
+    return taps(images, cotangent, geometry, lambda window: product(flat(window), flat(cotangent), (0,)))
+
+
+def kernel_turned(images: Array, cotangent: Array, geometry: Geometry) -> Array:
+    """The same with the factors exchanged, and transposed after."""
+    return taps(images, cotangent, geometry, lambda window: product(flat(cotangent), flat(window), (0,)).T)
+
+
+def kernel_by_rows(images: Array, cotangent: Array, geometry: Geometry) -> Array:
+    """A product for each row of the kernel, its windows side by side."""
+    padded, wide = cpu_forms._pad(images, geometry.padding), geometry.kernel_size[1]
+    windows = cpu_forms._windows(padded, geometry.kernel_size, geometry.stride, geometry.output_size)
+    rows = [jnp.concatenate([flat(x) for x in windows[i : i + wide]], 1) for i in range(0, len(windows), wide)]
+    return jnp.stack([product(row, flat(cotangent), (0,)) for row in rows]).astype(images.dtype)
+
+
+def taps(images: Array, cotangent: Array, geometry: Geometry, one: Callable) -> Array:
+    padded = cpu_forms._pad(images, geometry.padding)
+    windows = cpu_forms._windows(padded, geometry.kernel_size, geometry.stride, geometry.output_size)
+    return jnp.stack([one(window) for window in windows]).astype(images.dtype)
+
+
+def forms(kind: str, which: str) -> dict[str, Callable]:
+    """By name; "ours" is what a CPU gets if `convolution` gives the shape this kind."""
+    prefix = {"dense": "by_taps"}.get(kind, kind)
+    found = {"plain": getattr(convolution, f"_plain_{which}"), "ours": getattr(cpu_forms, f"{prefix}_{which}")}
+    if which == "to_kernel" and kind != "depthwise":
+        found |= {"4-D": kernel_in_4d, "2-D": kernel_in_2d, "2-D turned": kernel_turned}
+        found |= {"by rows": kernel_by_rows} if kind == "dense" else {}
+    return found
+
+
+def measure(functions: dict[str, Callable], left: Array, right: Array, geometry: Geometry) -> dict[str, float]:
+    compiled = {name: jax.jit(partial(f, geometry=geometry)).lower(left, right).compile() for name, f in functions.items()}
+    seconds = {name: [] for name in compiled}
+    for _ in range(ROUNDS + 1):
+        for name, run in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(left, right))
+            seconds[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(found[1:]) for name, found in seconds.items()}
+
+
+def cases() -> list[tuple[str, int, int, int, int, int]]:
+    found = [("pointwise", side, channels, filters, 1, 1) for side, channels, filters in POINTWISE]
+    found += [("dense", *shape) for shape in DENSE]
+    return found + [("depthwise", side, channels, channels, taps, stride) for side, channels, taps, stride in DEPTHWISE]
+
+
+def main(pattern: str) -> None:
+    print(f"JAX {jax.__version__}, batch {BATCH}, medians of {ROUNDS} in turn, milliseconds\n")
+    print("| product | multiply-adds, M | plain | ours | others |\n|---|---|---|---|---|")
+    for kind, side, channels, filters, size, stride in cases():
+        groups = channels if kind == "depthwise" else 1
+        around = (size // 2, (size - 1) // 2)
+        geometry = Geometry((side, side), (size, size), (stride, stride), (around, around), groups)
+        for dtype in ("float32", "bfloat16"):
+            keys = jax.random.split(jax.random.key(0), 3)
+            images = jax.random.normal(keys[0], (BATCH, side, side, channels), dtype)
+            kernel = jax.random.normal(keys[1], (size, size, channels // groups, filters), dtype)
+            cotangent = jax.random.normal(keys[2], (BATCH, *geometry.output_size, filters), dtype)
+            operands = {"output": (images, kernel), "to_images": (cotangent, kernel), "to_kernel": (images, cotangent)}
+            for which, (left, right) in operands.items():
+                name = f"{kind} {which} {dtype} {side}x{side}, {channels} to {filters}, {size}x{size}, stride {stride}"
+                if pattern in name:
+                    found = measure(forms(kind, which), left, right, geometry)
+                    least = min(found.values())
+                    shown = {one: f"{'**' * (ms == least)}{ms:.2f}{'**' * (ms == least)}" for one, ms in found.items()}
+                    others = ", ".join(f"{one} {ms}" for one, ms in shown.items() if one not in ("plain", "ours"))
+                    macs = cotangent.size * size**2 * channels // groups / 1e6
+                    print(f"| {name} | {macs:,.0f} | {shown['plain']} | {shown['ours']} | {others} |", flush=True)
+
+
+if __name__ == "__main__":
+    memory.use_huge_pages()
+    main(" ".join(sys.argv[1:]))

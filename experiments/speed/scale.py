@@ -1,0 +1,119 @@
+"""How the time of a step grows with batch, resolution, width and depth: `python experiments/speed/scale.py [MODEL] ...`.
+
+Each is changed alone, from a base that all four share; every program is measured by itself, and the base again at the beginning
+of each line, which shows how steady the machine was. Writes `scale_DEVICE.json`, which the same command goes on with after a
+stop, a table, and one plot: multiply-adds a second against multiply-adds of a step.
+"""
+
+import argparse
+import gc
+import json
+import os
+from pathlib import Path
+
+import compare
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+from cnnfamily import benchmark, create_model, disk, memory
+from cnnfamily.ceilings import durations
+from cnnfamily.summary import summarize
+
+LINES = {
+    "batch": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    "resolution": (96, 128, 160, 192, 224, 260, 300, 380),
+    "width": (0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
+    "depth": (1.0, 1.5, 2.0, 3.0, 4.0),
+}
+
+
+def measure(point: dict, mode: str, seconds: float) -> dict:
+    network = create_model(point["model"], width=point["width"], depth=point["depth"], dtype=point["dtype"])
+    prepare = benchmark.training if mode == "train" else benchmark.inference
+    program = prepare(network, point["batch"], resolution=point["resolution"])
+    program.compile()
+    times = durations(program.step, seconds=seconds)
+    low, middle, high = (float(value) for value in np.quantile(times, (0, 0.5, 1)))
+    macs = summarize(network, resolution=point["resolution"]).macs * point["batch"]
+    held = program.compiled.memory_analysis()
+    return {"macs": macs, "seconds": [middle, low, high], "steps": len(times), "temporary_bytes": held.temp_size_in_bytes}
+
+
+def draw(study: dict, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for line, marker in zip(LINES, "osD^", strict=True):
+        rows = [row for row in study["rows"] if row["line"] == line]
+        macs = [row["macs"] / 1e9 for row in rows]
+        middle, low, high = (np.array([row["macs"] / row["seconds"][i] / 1e9 for row in rows]) for i in (0, 2, 1))
+        axes.errorbar(macs, middle, (middle - low, high - middle), marker=marker, capsize=2, label=line)
+        for row, x, y in zip(rows, macs, middle, strict=True):
+            axes.annotate(f"{row[line]:g}", (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", ylim=(0, None), xlabel="multiply-adds of the forward pass of a step, $10^9$")
+    axes.set(ylabel="of which a second, $10^9$", title=title(study))
+    axes.legend(title="changed alone")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def title(study: dict) -> str:
+    base, machine = study["base"], study["machine"]
+    what = f"{base['model']}, {study['mode']}, {base['dtype']}, {base['batch']} x {base['resolution']} px"
+    return f"{what}; {machine['processor']}"
+
+
+def table(study: dict) -> str:
+    lines = ["| line | value | multiply-adds, G | ms a step | images/s | G multiply-adds/s | temporary MiB |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in study["rows"]:
+        middle, low, high = (1e3 * seconds for seconds in row["seconds"])
+        lines.append(
+            f"| {row['line']} | {row[row['line']]:g} | {row['macs'] / 1e9:.2f} | {middle:,.0f} ({low:,.0f} to {high:,.0f}) "
+            f"| {1e3 * row['batch'] / middle:.1f} | {row['macs'] / middle / 1e6:.1f} | {row['temporary_bytes'] / 2**20:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default="efficientnet_b0")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--mode", default="train", choices=benchmark.MODES)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of timing for each program")
+    parser.add_argument("--out", type=Path, help="the JSON file; the plot stands beside it")
+    arguments = parser.parse_args()
+    base = {"model": arguments.model, "batch": arguments.batch, "resolution": arguments.resolution}
+    base |= {"width": 1.0, "depth": 1.0, "dtype": arguments.dtype}
+    kind = jax.local_devices()[0].device_kind
+    where = {"processor": compare.processor() if kind == "cpu" else kind, "cores": os.cpu_count()}
+    study = {"base": base, "mode": arguments.mode, "machine": where, "versions": {"jax": jax.__version__}, "rows": []}
+    path = arguments.out or compare.HERE / "results" / f"scale_{kind.replace(' ', '_').lower()}.json"
+    if path.exists():
+        old = json.loads(path.read_text())
+        if {**old, "rows": []} != study:
+            raise SystemExit(f"{path.name} is of another base, machine or version: take another --out")
+        study = old
+    for line, values in LINES.items():
+        for value in values:
+            if any(row["line"] == line and row[line] == value for row in study["rows"]):
+                continue
+            point = {**base, line: value}
+            try:
+                row = {"line": line, **point, **measure(point, arguments.mode, arguments.seconds)}
+            except jax.errors.JaxRuntimeError as error:  # out of memory
+                print(f"{line} {value:g}: {str(error).splitlines()[0][:120]}", flush=True)
+                continue
+            study["rows"].append(row)
+            disk.write_whole(path, json.dumps(study, indent=1))
+            print(f"{line} {value:g}: {row['seconds'][0]:.3f} s a step, n = {row['steps']}", flush=True)
+            jax.clear_caches()
+            gc.collect()
+    draw(study, path.with_suffix(".png"))
+    print(f"\n{title(study)}; JAX {study['versions']['jax']}; medians (smallest to largest)\n\n{table(study)}")
+
+
+if __name__ == "__main__":
+    memory.use_huge_pages()
+    main()
