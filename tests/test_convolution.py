@@ -13,6 +13,7 @@ from jax import export, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from cnnfamily.models.convolution import convolution
+from cnnfamily.models.cpu_forms import channel_sums
 
 
 @pytest.fixture(autouse=True)
@@ -117,15 +118,19 @@ KINDS = {
     "1x1": {"taps": (1, 1), "filters": 6, "groups": 1, "padding": ((0, 0), (0, 0)), "stride": (2, 2)},
     "grouped": {"taps": (3, 3), "filters": 6, "groups": 2, "padding": ((1, 1), (0, 1)), "stride": (2, 2)},
     "tiny": {"taps": (5, 5), "filters": 6, "groups": 1, "padding": ((2, 2), (2, 1)), "stride": (2, 2)},
+    "strided": {"channels": 16, "taps": (3, 3), "filters": 16, "groups": 1, "padding": ((1, 1), (0, 1)), "stride": (2, 1)},
+    "wide": {"channels": 64, "taps": (2, 2), "filters": 128, "groups": 1, "padding": ((1, 0), (0, 1)), "stride": (1, 1)},
 }
-# Convolutions among the three products on a CPU: a tiny one's kernel gradient stays one, of a grouped one all but that.
-LEFT = {"depthwise": 0, "1x1": 0, "tiny": 1, "grouped": 2}
+# Convolutions among the three products on a CPU: a tiny one's kernel gradient stays one, of a grouped or wide one all but
+# that, of one with a stride the output.
+LEFT = {"depthwise": 0, "1x1": 0, "tiny": 1, "grouped": 2, "strided": 1, "wide": 2}
 
 
 def of_kind(kind, convolve=convolution, dtype=np.float64, batch=2, size=(5, 6)):
     geometry = dict(KINDS[kind])
-    taps, filters = geometry.pop("taps"), geometry.pop("filters")
-    return partial(convolve, **geometry), operands(size, taps, 4, filters, geometry["groups"], dtype, batch)
+    taps, channels, filters = geometry.pop("taps"), geometry.pop("channels", 4), geometry.pop("filters")
+    images, kernel = operands(size, taps, channels, filters, geometry["groups"], dtype, batch)
+    return partial(convolve, **geometry), (images, kernel * jnp.asarray((4 / channels) ** 0.5, dtype))  # sums of like size
 
 
 def all_three(f, images, kernel, cotangent):
@@ -251,6 +256,14 @@ def test_what_is_left_in_the_compiled_gradient_on_cpu(kind):
     program = jax.jit(partial(all_products, kind)).lower(*given).compile().as_text()
     assert program.count(" convolution(") == LEFT[kind]
     assert "conditional(" not in program
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (7, 1, 5), (13, 5), (8, 2, 2, 5), (1, 5)])
+def test_channel_sums_of_any_number_of_pixels(shape):
+    """Which is cut into 6, 7, 1, 8 and 1 blocks."""
+    terms = list(np.random.default_rng(0).normal(size=(3, *shape)))
+    found = jax.jit(channel_sums)([jnp.asarray(term) for term in terms])
+    np.testing.assert_allclose(found, [term.reshape(-1, 5).sum(axis=0) for term in terms], rtol=1e-12, atol=1e-14)
 
 
 def test_taps_that_see_only_padding_are_cut_off():

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from cnnfamily.errors import UsageError
 from cnnfamily.models import initializers
+from cnnfamily.models.cpu_forms import channel_sums
 from cnnfamily.models.initializers import parameter
 
 KEPT = "statistics"  # under this name a policy of `jax.checkpoint` finds means and variances
@@ -182,9 +183,7 @@ def _sums(*terms: Array) -> list[Array]:
 
 def _sums_in_one_pass(*terms: Array) -> list[Array]:
     """All together: XLA's CPU compiler gives each sum a loop of its own, and what it adds up an array of its own before."""
-    zeros = [jnp.zeros((), terms[0].dtype)] * len(terms)
-    partial_sums = lax.reduce(list(terms), zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (2, 3))
-    return [part.sum(axis=1)[:, None, None, None] for part in partial_sums]
+    return list(jax.vmap(lambda *terms: channel_sums(terms))(*terms).swapaxes(0, 1)[:, :, None, None, None])
 
 
 def _lists(members: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -2,8 +2,9 @@
 
 XLA's CPU compiler is slow at two kinds of convolution of which the mobile families are made: depthwise ones (the filter
 gradient it expands to a dense channels x channels convolution) and the filter gradient of 1x1 ones. It also is at the
-filter gradient of grouped ones, at all in bfloat16, and at maps with fewer pixels than the kernel has taps, which small
-images leave at the end of a deep network. A convolution is bilinear, so each kind is written here as three products,
+filter gradient of grouped ones and of those with many channels, at both gradients with a stride, at all in bfloat16, and
+at maps with fewer pixels than the kernel has taps, which small images leave at the end of a deep network. A
+convolution is bilinear, so each kind is written here as three products,
 
     output(images, kernel)    to_images(cotangent, kernel)    to_kernel(images, cotangent)
 
@@ -28,7 +29,9 @@ from cnnfamily.models.cpu_forms import Geometry, Pair
 KEPT = "convolution"  # under this name a policy of `jax.checkpoint` finds every output
 EVERYWHERE: set[str] = set()  # kinds below that take their form of a CPU on every platform: experiments/speed/candidates.py
 MOST_TAPS = 49  # of those that become a product a tap: for the 256 of a 16x16 kernel that compiles for five seconds
-FEWEST_CHANNELS = 96  # of a dense convolution in bfloat16 that does: with 64 the products are too small to win
+# Of a dense convolution, the fewest channels, in or out, and of the last kind channels times filters, with which
+# products a tap win; the measurements are in `cpu_forms`.
+FEWEST_HALVED, FEWEST_STRIDED, FEWEST_WIDE = 96, 16, 64 * 128
 
 
 def convolution(
@@ -45,8 +48,8 @@ def convolution(
     `images`, equal to `lax.conv_general_dilated` with NHWC and HWIO up to the order of summation; below 32 bits the
     sums are kept in float32. `padding` is ((top, bottom), (left, right)), none negative; the dtype is a float.
 
-    Differentiable by reverse mode to any order; forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) raises
-    TypeError for grouped and 1x1 kernels, for maps with fewer pixels than the kernel has taps, and for most in bfloat16.
+    Differentiable by reverse mode to any order; forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) raises TypeError for
+    most: grouped and 1x1 kernels, many channels (with a stride 16 are many), maps smaller than the kernel.
     Shapes or dtypes that disagree raise what `lax.conv_general_dilated` does.
     """
     rows, padding_rows = _live_taps(images.shape[1], kernel.shape[0], stride[0], padding[0])
@@ -73,8 +76,14 @@ def _kind(images: Array, kernel: Array, geometry: Geometry) -> str:
     pixels, taps = min(math.prod(geometry.image_size), math.prod(geometry.output_size)), math.prod(geometry.kernel_size)
     if taps > MOST_TAPS:
         return "plain"
-    halved = jnp.finfo(images.dtype).bits < 32 and min(kernel.shape[2:]) >= FEWEST_CHANNELS
-    return "halved" if halved else "tiny" if pixels < taps else "plain"
+    channels, weights = min(kernel.shape[2:]), math.prod(kernel.shape[2:])
+    if jnp.finfo(images.dtype).bits < 32 and channels >= FEWEST_HALVED:
+        return "halved"
+    if pixels < taps:
+        return "tiny"
+    if max(geometry.stride) > 1 and channels >= FEWEST_STRIDED:
+        return "strided"
+    return "wide" if weights >= FEWEST_WIDE else "plain"
 
 
 def _live_taps(size: int, taps: int, stride: int, padding: Pair) -> tuple[slice, Pair]:
@@ -156,6 +165,7 @@ _to_images = _product(
     pointwise=cpu.pointwise_to_images,
     tiny=cpu.by_taps_to_images,
     halved=cpu.by_taps_to_images,
+    strided=cpu.by_taps_to_images,
 )
 _to_kernel = _product(
     _plain_to_kernel,
@@ -163,6 +173,8 @@ _to_kernel = _product(
     pointwise=cpu.pointwise_to_kernel,
     grouped=cpu.grouped_to_kernel,
     halved=cpu.by_taps_to_kernel,
+    strided=cpu.by_taps_to_kernel,
+    wide=cpu.by_taps_to_kernel,
 )
 
 _output.defvjp(

@@ -7,6 +7,8 @@ Times in this file: milliseconds, float32 unless it says bfloat16, batch 16, two
 3 to 7. In all, depthwise 14x14x480 3x3: forward 32 / 24 plain, 1.4 / 1.3 here; and both gradients 138 / 104, here 5.5 / 6.0.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -70,21 +72,32 @@ def _phase(phase: int, axis: int, size: int, outputs: int, geometry: Geometry) -
 
 
 def depthwise_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
-    """One reduction with an operand for each tap, so that all sums grow together in one pass over the map.
-
-    A reduction for each tap takes 79 for 7.7 at 28x28x240, 5x5. The batch is left to a second sum: 17 without.
-    """
+    """Sums over the pixels, of nine taps at once or in bfloat16, whose products are longer programs, of a row of taps."""
     dtype = sum_dtype(images)
-    zero = jnp.zeros((), dtype)
-    padded = _pad(images, geometry.padding)
-    outputs = cotangent.shape[1:3]
-    products = [
-        window.astype(dtype) * cotangent.astype(dtype)
-        for window in _windows(padded, geometry.kernel_size, geometry.stride, outputs)
-    ]
-    sums = lax.reduce(products, [zero] * len(products), lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (1, 2))
-    kernel = jnp.stack(sums).sum(1).astype(images.dtype)
-    return kernel.reshape(*geometry.kernel_size, 1, -1)
+    windows = _windows(_pad(images, geometry.padding), geometry.kernel_size, geometry.stride, geometry.output_size)
+    products = [window.astype(dtype) * cotangent.astype(dtype) for window in windows]
+    together = 9 if images.dtype == dtype else geometry.kernel_size[1]
+    sums = [channel_sums(products[i : i + together]) for i in range(0, len(products), together)]
+    return jnp.concatenate(sums).astype(images.dtype).reshape(*geometry.kernel_size, 1, -1)
+
+
+def channel_sums(terms: Sequence[Array]) -> Array:
+    """Sums of arrays [..., channels] over all but the channels, [terms, channels]; what they are computed from is read once.
+
+    A reduction with an operand for each, over 8 values that lie far apart, so that the batch is cut and not the rows: so short
+    a loop the compiler unrolls, and vectorises the one over channels. The eighth that is left single sums add up. Reduced
+    over height and width it would run through each image once for every channel. Sums and moments of the gradient
+    of a batch norm with ReLU, float32, JAX 0.10.2 / 0.12.0.1, two cores of a Xeon: 118 / 121 to 7.6 / 7.2 at
+    112x112x96, 2.2 / 3.7 to 0.8 / 0.9 at 14x14x576. Over 16 values it is no longer unrolled: with SiLU 142 / 129
+    to 14 / 12, and 80 / 94. Nine taps in float32 at 112x112x96: 202 / 203 to 33 / 33, three at a time
+    42 / 47; in bfloat16 155 / 119 to 112 / 56 and 28 / 33.
+    """
+    pixels = math.prod(terms[0].shape[:-1])
+    block = max(size for size in range(1, 9) if pixels % size == 0)
+    blocks = [term.reshape(block, -1, term.shape[-1]) for term in terms]
+    zeros = [jnp.zeros((), terms[0].dtype)] * len(terms)
+    sums = lax.reduce(blocks, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (0,))
+    return jnp.stack([part.sum(axis=0) for part in sums])
 
 
 def _multiply_add(images: Array, kernel: Array, stride: Pair, padding: tuple[Pair, Pair]) -> Array:
@@ -124,6 +137,10 @@ def sum_dtype(images: Array) -> jnp.dtype:
 # 1x1: matrix products over the pixels that the stride leaves. The kernel's gradient gains most, 45 to 10 /
 # 57 to 13 at 14x14x1024 to 256; the others are equal or better, 12 to 8.7 / 11.3 to 10.9. bfloat16 operands with a
 # float32 result: 4.7 / 5.1, with a bfloat16 one 9.7 / 7.7.
+# The kernel's gradient over batch, height and width as they are, and over the pixels in one dimension, on two cores of a Xeon:
+# float32, 56x56, 24 to 144: 3.9 / 4.3 and 1.8 / 2.0, 112x112, 32 to 16: 8.6 / 13.9 and 3.6 / 3.5; of the 15 shapes of
+# experiments/speed/forms.py the second is at worst a sixth (JAX 0.12: three tenths) slower. bfloat16, 56x56, 256 to 64:
+# 17 / 17 and 25 / 31; 14x14, 1024 to 256: 16 / 11 and 9.5 / 9.8.
 
 
 def pointwise_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
@@ -137,10 +154,9 @@ def pointwise_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> 
 
 def pointwise_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
     images = _strided(images, geometry.stride)
-    if images.shape[3] > cotangent.shape[3]:  # 12.0 to 6.0 at 112x112x32 to 16, 17.1 to 8.9 at 14x14x1024 to 256
-        images, cotangent = (x.reshape(-1, x.shape[3]) for x in (images, cotangent))
-        return _product_over(images, cotangent, (0,), (0,))[None, None]
-    return _product_over(images, cotangent, (0, 1, 2), (0, 1, 2))[None, None]
+    if images.dtype != sum_dtype(images) and math.prod(geometry.output_size) >= 28 * 28:
+        return _product_over(images, cotangent, (0, 1, 2), (0, 1, 2))[None, None]
+    return _product_over_pixels(images, cotangent).astype(images.dtype)[None, None]
 
 
 # Between dense and depthwise (ResNeXt): the kernel's gradient, which XLA expands to a dense one, as a batched product
@@ -160,12 +176,17 @@ def grouped_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Ar
     return jnp.stack(products).reshape(shape).astype(images.dtype)
 
 
-# A matrix product for each tap, for two kinds. Tiny maps, with fewer pixels in images or outputs than the kernel has
+# A matrix product for each tap, for four kinds. Tiny maps, with fewer pixels in images or outputs than the kernel has
 # taps: XLA has a plain loop for them. The 3x3 convolution of 2x2x512, batch 64, takes 403, here 3.6, and the gradient of its
 # images 409 for 4.2 (JAX 0.10.2); that of the kernel is fast as it stands. And bfloat16: XLA widens the operands of a
 # convolution to float32, but not those of a product with a float32 result, which the CPU's own bfloat16 instructions
-# compute. 14x14x256 3x3: 9.7 to 6.0, its gradients 9.7 to 5.8 and 13.5 to 12.8; 14x14x512: 39 to 21, 43 to 20, 54 to 33.
+# compute. 14x14x256 3x3: 9.7 to 6.0, the gradient of its images 9.7 to 5.8; 14x14x512: 39 to 21 and 43 to 20.
 # In float32 the convolution is as fast as products are: 9.2 for 11.6 at 14x14x256.
+# The gradients of a convolution with a stride, and that of the kernel with many channels; float32, 3x3, two cores of a
+# Xeon. Stride 2, 56x56x64 to 128: images 21 / 14 to 13 / 8.9, kernel 34 / 34 to 27 / 27; 32x32x16 to 32, batch 128: images
+# 5.7 / 7.4 to 3.9 / 3.7, kernel 16 / 9.1 to 7.3 / 6.7. Within ResNet-50 56x56x128 took 168 for 30 alone. Stride 1, the
+# kernel: 28x28x128 60 / 44 to 36 / 34, 56x56x64 to 192 221 / 168 to 95 / 85, 14x14x256 18 / 43 to 21 / 22; but
+# 56x56x64 101 / 49 to 82 / 60, which within ResNet-50 is no faster.
 
 
 def by_taps_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
@@ -186,7 +207,7 @@ def by_taps_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Ar
 
 def by_taps_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
     windows = _windows(_pad(images, geometry.padding), geometry.kernel_size, geometry.stride, geometry.output_size)
-    products = [_wide_product(window, cotangent, (0, 1, 2), (0, 1, 2)) for window in windows]
+    products = [_product_over_pixels(window, cotangent) for window in windows]
     return jnp.stack(products).reshape(*geometry.kernel_size, *products[0].shape).astype(images.dtype)
 
 
@@ -201,6 +222,12 @@ def _spread(tap: Pair, geometry: Geometry) -> tuple[tuple[Pair, Pair], Pair]:
 
 def _strided(images: Array, stride: Pair) -> Array:
     return lax.slice(images, (0, 0, 0, 0), images.shape, (1, *stride, 1))
+
+
+def _product_over_pixels(images: Array, cotangent: Array) -> Array:
+    """[channels, filters], in the dtype of sums."""
+    images, cotangent = (x.reshape(-1, x.shape[-1]) for x in (images, cotangent))
+    return _wide_product(cotangent, images, (0,), (0,)).T
 
 
 def _product_over(left: Array, right: Array, left_axes: tuple[int, ...], right_axes: tuple[int, ...]) -> Array:
