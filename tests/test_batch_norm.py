@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from cnnfamily.models.batch_norm import BatchNorm
+from cnnfamily.models.batch_norm import BatchNorm, _moments_in_one_pass
 from cnnfamily.models.layers import ACTIVATIONS
 
 CHANNELS = 3
@@ -80,9 +80,27 @@ def test_a_variance_that_is_no_number_gives_no_gradient_that_is_one():
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize(("platform", "conditionals"), [("cpu", 1), ("cuda", 0), ("tpu", 0)])
-def test_the_conditional_is_a_cpu_matter(platform, conditionals):
+@pytest.mark.parametrize(("platform", "conditionals"), [("cpu", 2), ("cuda", 0), ("tpu", 0)])
+def test_the_conditionals_are_a_cpu_matter(platform, conditionals):
     x, params = jnp.ones((2, 2, 2, CHANNELS), jnp.float32), variables(jnp.float32)["params"]
     gradient = jax.jit(jax.grad(lambda x, params: ours(x, params, 2, jax.nn.relu)[0].sum()))
     lowered = gradient.trace(x, params).lower(lowering_platforms=(platform,))
     assert lowered.compiler_ir("hlo").as_hlo_text().count(" conditional(") == conditionals
+
+
+@pytest.mark.parametrize("middle", [None, 0.0, 900.0, 5000.0])
+def test_moments_in_one_pass_keep_their_digits(middle):
+    """The mean is 10,000 deviations, and the middle rows, about whose mean they are taken, are as far off as they can be."""
+    x = np.array(1000 + 0.1 * draw(2, 4, 15, 15, CHANNELS), np.float32)
+    if middle is not None:
+        x[:, :, 7] = middle
+    mean, var = jax.jit(_moments_in_one_pass)(jnp.asarray(x))
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(mean, exact.mean((1, 2, 3), keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(var, exact.var((1, 2, 3), keepdims=True), rtol=2e-5)
+
+
+def test_the_variance_of_a_constant_is_not_below_zero():
+    for value in (0.1, 1e4, 3e7):
+        var = jax.jit(_moments_in_one_pass)(jnp.full((1, 3, 5, 7, CHANNELS), value, jnp.float32))[1]
+        assert (var >= 0).all()

@@ -55,7 +55,7 @@ def take_moments_in_one_pass(backend: str) -> str | None:
 
     from cnnfamily.models import batch_norm
 
-    def moments(x):
+    def moments(x, scale):
         mean = x.mean(axis=(1, 2, 3), keepdims=True)
         return mean, jnp.maximum(jnp.square(x).mean(axis=(1, 2, 3), keepdims=True) - jnp.square(mean), 0)
 
