@@ -27,7 +27,8 @@ from cnnfamily.models import cpu_forms as cpu
 from cnnfamily.models.cpu_forms import Geometry, Pair
 
 KEPT = "convolution"  # under this name a policy of `jax.checkpoint` finds every output
-EVERYWHERE: set[str] = set()  # kinds below that take their form of a CPU on every platform: experiments/speed/candidates.py
+# (product, kind): its form on every other platform in place of the plain one, for experiments/speed/candidates.py to measure.
+ELSEWHERE: dict[tuple[str, str], Callable] = {}
 MOST_TAPS = 49  # of those that become a product a tap: for the 256 of a 16x16 kernel that compiles for five seconds
 # Of a dense convolution, the fewest channels, in or out, and of the last kind channels times filters, with which
 # products a tap win; the measurements are in `cpu_forms`.
@@ -140,11 +141,11 @@ def _plain_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Arr
 # The choice, and the gradients of each product in terms of the other two.
 
 
-def _product(elsewhere: Callable, **on_cpu: Callable) -> jax.custom_vjp:
+def _product(which: str, plain: Callable, **on_cpu: Callable) -> jax.custom_vjp:
     @partial(jax.jit, static_argnums=2)  # a shape that repeats, as most blocks of a network do, is traced once
     def product(left: Array, right: Array, geometry: Geometry) -> Array:
-        here = on_cpu.get(geometry.kind, elsewhere)
-        default = here if geometry.kind in EVERYWHERE else elsewhere
+        here = on_cpu.get(geometry.kind, plain)
+        default = ELSEWHERE.get((which, geometry.kind), plain)
         return lax.platform_dependent(
             left, right, cpu=partial(here, geometry=geometry), default=partial(default, geometry=geometry)
         )
@@ -153,6 +154,7 @@ def _product(elsewhere: Callable, **on_cpu: Callable) -> jax.custom_vjp:
 
 
 _output = _product(
+    "output",
     _plain_output,
     depthwise=cpu.depthwise_output,
     pointwise=cpu.pointwise_output,
@@ -160,6 +162,7 @@ _output = _product(
     halved=cpu.by_taps_output,
 )
 _to_images = _product(
+    "to_images",
     _plain_to_images,
     depthwise=cpu.depthwise_to_images,
     pointwise=cpu.pointwise_to_images,
@@ -168,6 +171,7 @@ _to_images = _product(
     strided=cpu.by_taps_to_images,
 )
 _to_kernel = _product(
+    "to_kernel",
     _plain_to_kernel,
     depthwise=cpu.depthwise_to_kernel,
     pointwise=cpu.pointwise_to_kernel,

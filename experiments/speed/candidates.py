@@ -7,6 +7,7 @@ of the same minutes. A network that the file has is not measured again. On a CPU
   as it is          the product's step
   recompute         norms and activations anew in the backward pass (`step.Objective`)
   shifted           depthwise convolutions as shifted products, which is what runs on a CPU, in place of cuDNN's
+  pallas            depthwise convolutions and, with stride 1, their images' gradient as one kernel (`pallas_depthwise.py`)
   one pass          batch statistics as E[x^2] - E[x]^2, which loses digits: what it gains at most
   padded stem       a fourth channel of zeros for the three of an image
   four steps        in one call
@@ -31,6 +32,7 @@ CANDIDATES = {
     "as it is": {},
     "recompute": {"recompute": True},
     "shifted": {"candidate": "shifted"},
+    "pallas": {"candidate": "pallas"},
     "one pass": {"candidate": "one pass"},
     "padded stem": {"candidate": "padded stem"},
     "four steps": {"steps_per_call": 4},
@@ -44,10 +46,23 @@ MODELS = ["resnet50", "efficientnet_b0", "mobilenet_v3_large"]
 
 
 def shift_depthwise(backend: str) -> str | None:
+    from cnnfamily.models import convolution, cpu_forms
+
+    for product in ("output", "to_images", "to_kernel"):
+        convolution.ELSEWHERE[product, "depthwise"] = getattr(cpu_forms, f"depthwise_{product}")
+    return "a CPU has this form as it is" if backend == "cpu" else None
+
+
+def depthwise_in_pallas(backend: str) -> str | None:
+    import pallas_depthwise
+
     from cnnfamily.models import convolution
 
-    convolution.EVERYWHERE.add("depthwise")
-    return "a CPU has this form as it is" if backend == "cpu" else None
+    if backend != "gpu":
+        return "Triton is for GPUs"
+    pallas_depthwise.check()
+    convolution.ELSEWHERE["output", "depthwise"] = pallas_depthwise.output
+    convolution.ELSEWHERE["to_images", "depthwise"] = pallas_depthwise.to_images
 
 
 def take_moments_in_one_pass(backend: str) -> str | None:
@@ -80,6 +95,7 @@ def pad_the_stem(backend: str) -> str | None:
 
 CHANGES: dict[str, Callable[[str], str | None]] = {  # each gives the reason why there is nothing to measure, if so
     "shifted": shift_depthwise,
+    "pallas": depthwise_in_pallas,
     "one pass": take_moments_in_one_pass,
     "padded stem": pad_the_stem,
 }
