@@ -301,8 +301,8 @@ def test_what_stands_in_the_conditional(name, platform):
         hlo = lowered.compile().as_text()
         assert " convolution(" in hlo  # that of the stem
         assert " convolution(" not in inside_conditionals(hlo)
-        # Each batch norm has one for its moments and one in its gradient. ResNet's branches are masked, for the platform is known;
-        # EfficientNet's second block has its forward and its gradient.
+        # Each batch norm has one for its moments and one in its gradient. ResNet's branches are masked, for the platform is
+        # known; EfficientNet's second block has its forward and its gradient.
         norms = len(jax.tree.leaves(variables["batch_stats"])) // 2
         assert hlo.count(" conditional(") == 2 * norms + (2 if name == "efficientnet_b0" else 0)
     else:
