@@ -42,13 +42,15 @@ def measure(point: dict, mode: str, seconds: float) -> dict:
 
 def draw(study: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5))
+    labels = {"batch": (4, -10), "resolution": (4, -10), "width": (-4, 7), "depth": (-6, 9)}  # points; the lines cross at the base
     for line, marker in zip(LINES, "osD^", strict=True):
         rows = [row for row in study["rows"] if row["line"] == line]
         macs = [row["macs"] / 1e9 for row in rows]
         middle, low, high = (np.array([row["macs"] / row["seconds"][i] / 1e9 for row in rows]) for i in (0, 2, 1))
-        axes.errorbar(macs, middle, (middle - low, high - middle), marker=marker, capsize=2, label=line)
+        bars = axes.errorbar(macs, middle, (middle - low, high - middle), marker=marker, capsize=2, label=line)
         for row, x, y in zip(rows, macs, middle, strict=True):
-            axes.annotate(f"{row[line]:g}", (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7)
+            offset = {"xytext": labels[line], "textcoords": "offset points"}
+            axes.annotate(f"{row[line]:g}", (x, y), fontsize=7, color=bars[0].get_color(), **offset)
     axes.set(xscale="log", ylim=(0, None), xlabel="multiply-adds of the forward pass of a step, $10^9$")
     axes.set(ylabel="of which a second, $10^9$", title=title(study))
     axes.legend(title="changed alone")
