@@ -42,7 +42,7 @@ def measure(point: dict, mode: str, seconds: float) -> dict:
 
 def draw(study: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    labels = {"batch": (4, -10), "resolution": (4, -10), "width": (-4, 7), "depth": (-6, 9)}  # points; the lines cross at the base
+    labels = {"batch": (4, -10), "resolution": (4, -10), "width": (-4, 7), "depth": (-6, 9)}  # the lines cross at the base
     for line, marker in zip(LINES, "osD^", strict=True):
         rows = [row for row in study["rows"] if row["line"] == line]
         macs = [row["macs"] / 1e9 for row in rows]
