@@ -305,5 +305,5 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    memory.use_huge_pages()
+    memory.tune_malloc()
     errors.run_command(main)

@@ -6,7 +6,7 @@ The same command again continues an unfinished run and says so of a finished one
 if __name__ == "__main__":  # before the imports below, which a second start would do again
     from cnnfamily import memory
 
-    memory.use_huge_pages()
+    memory.tune_malloc()
 
 import contextlib
 import dataclasses
@@ -26,6 +26,7 @@ from cnnfamily import (
     errors,
     interrupt,
     losses,
+    memory,
     models,
     nonfinite,
     optim,
@@ -159,6 +160,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
         def evaluate_and_save(step, state):
             """The metrics of an evaluation, written down and saved with the state; {} if a signal stopped it."""
             metrics = evaluate_state(evaluator, state)
+            memory.return_freed()
             if metrics:
                 refuse_nonfinite(metrics, ("test_loss", "ema_test_loss"), step, state)
                 log.write(step, step / train.steps_per_epoch, metrics)

@@ -16,7 +16,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers take over the environ
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # so that no command starts itself again (see memory.py)
+    # All set, so that no command starts itself again (see cnnfamily/memory.py).
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=4"
 
 import jax  # reads the environment, so after it
 import pytest

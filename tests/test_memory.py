@@ -1,4 +1,4 @@
-"""A command that asks for huge pages gets them, with its arguments, and starts again only once."""
+"""A command that tunes malloc gets huge pages and few arenas, with its arguments, and starts again only once."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ os.environ["NUMPY_MADVISE_HUGEPAGE"] = "0"  # NumPy asks for huge pages by itsel
 import numpy as np
 from cnnfamily import memory
 if sys.argv[1] == "huge":
-    memory.use_huge_pages()
+    memory.tune_malloc()
 pages = 40 * 2**20 // os.sysconf("SC_PAGESIZE")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
@@ -38,3 +38,58 @@ def test_large_blocks_cost_few_page_faults():
         assert arguments == f"['{how}', 'two words']"
     assert float(faults["small"]) > 0.9
     assert float(faults["huge"]) < 0.1
+
+
+ARENAS = """
+import ctypes, sys, threading
+from cnnfamily import memory
+memory.tune_malloc()
+barrier = threading.Barrier(20)
+def allocate():
+    held = [bytearray(2000) for _ in range(100)]
+    barrier.wait()  # a thread that ends leaves its arena to the next
+threads = [threading.Thread(target=allocate) for _ in range(20)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+file = libc.fopen(sys.argv[1].encode(), b"w")
+libc.malloc_info(0, ctypes.c_void_p(file))
+libc.fclose(ctypes.c_void_p(file))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs Linux with glibc")
+def test_threads_share_two_arenas_for_every_core(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key not in ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX")}
+    expected = min(21, 2 * len(os.sched_getaffinity(0)))  # 20 threads and the first
+    for given, arenas in (({}, expected), ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=3"}, 3), ({"MALLOC_ARENA_MAX": "5"}, 5)):
+        subprocess.run([sys.executable, "-c", ARENAS, str(tmp_path / "info")], env=environment | given, check=True)
+        found = (tmp_path / "info").read_text().count("<heap nr=")
+        assert found == arenas, given
+
+
+FREED = """
+from pathlib import Path
+from cnnfamily import memory
+def resident():
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) // 1024
+blocks = [bytearray(100_000) for _ in range(2000)]  # each smaller than what malloc maps by itself
+held = blocks[-1]  # so that what lies below it is not at the end of the heap
+full = resident()
+del blocks
+kept = resident()
+memory.return_freed()
+print(full, kept, resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs Linux with glibc")
+def test_freed_memory_goes_back():
+    environment = os.environ | {"GLIBC_TUNABLES": ""}
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, env=environment, check=True)
+    full, kept, left = map(int, done.stdout.split())
+    assert kept > full - 50  # what the test rests on: 190 MiB are free, and malloc keeps them
+    assert left < full - 150

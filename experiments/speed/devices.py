@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 
+from cnnfamily import memory
+
 NETWORKS = (("resnet18", 0), ("efficientnet_b0", 0), ("efficientnet_b0", 8))  # and examples of a group of batch norm
 BATCH, SIDE, ROUNDS, STEPS = 16, 128, 7, 3
 BYTES = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1, "s8": 1}
@@ -55,7 +57,8 @@ def compare(name: str, group: int) -> None:
     sides = []
     for devices in (1, 2):
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        tunables = ":".join(f"{name}={value}" for name, value in memory.malloc_tunables().items())
+        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": tunables}
         command = [sys.executable, __file__, name, str(group)]
         sides.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     sent = [json.loads(side.stdout.readline()) for side in sides]

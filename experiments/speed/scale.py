@@ -117,5 +117,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    memory.use_huge_pages()
+    memory.tune_malloc()
     main()

@@ -356,7 +356,7 @@ def main() -> None:
     if job.side == "ours":
         from cnnfamily import memory
 
-        memory.use_huge_pages()
+        memory.tune_malloc()
     pipe = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
 

@@ -43,5 +43,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    memory.use_huge_pages()
+    memory.tune_malloc()
     main()
