@@ -12,7 +12,7 @@ from conftest import mesh_of
 from jax import export, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from cnnfamily.models.convolution import convolution
+from cnnfamily.models.convolution import convolution, in_a_branch
 from cnnfamily.models.cpu_forms import channel_sums
 
 
@@ -56,9 +56,14 @@ def products(convolve, images, kernel):
     return output, *gradients(cotangent)
 
 
-def assert_equal_to_plain(size, taps, channels, filters, groups, stride, padding):
+def in_branch(*operands, **geometry):
+    with in_a_branch():
+        return convolution(*operands, **geometry)
+
+
+def assert_equal_to_plain(size, taps, channels, filters, groups, stride, padding, ours=convolution):
     images, kernel = operands(size, taps, channels, filters, groups)
-    both = [partial(f, stride=stride, padding=padding, groups=groups) for f in (convolution, plain)]
+    both = [partial(f, stride=stride, padding=padding, groups=groups) for f in (ours, plain)]
     found, expected = jax.jit(lambda *x: [products(f, *x) for f in both])(images, kernel)
     for name, a, b in zip(("output", "images' gradient", "kernel's gradient"), found, expected, strict=True):
         # The absolute tolerance is for sums that cancel; values and taps are near 1.
@@ -85,6 +90,31 @@ PAIRS = [pytest.param(*pair, marks=[pytest.mark.full] if i % 2 else []) for i, p
 def test_depthwise_equals_the_plain_convolution_in_value_and_gradients(rows, columns):
     size, taps, stride, padding = zip(rows, columns, strict=True)
     assert_equal_to_plain(size, taps, 3, 3, 3, stride, padding)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [pair for pair in PAIRS[::6]])
+def test_dense_in_a_branch_equals_the_plain_convolution(rows, columns):
+    size, taps, stride, padding = zip(rows, columns, strict=True)
+    assert_equal_to_plain(size, taps, 3, 4, 1, stride, padding, in_branch)
+
+
+def test_a_dense_gradient_in_a_branch_is_no_plain_loop():
+    """XLA's CPU compiler has fast code for one order of dimensions, and brings no convolution in a branch into it."""
+
+    def loss(images, kernel, runs):
+        def branch(images, kernel):
+            return jnp.sin(convolve(images, kernel, padding=((1, 1), (1, 1))))
+
+        return lax.cond(runs, branch, lambda images, kernel: jnp.zeros_like(images), images, kernel).sum()
+
+    found = {}
+    for convolve in (in_branch, plain):
+        given = *operands((8, 8), (3, 3), 4, 4, 1, jnp.float32), True
+        program = jax.jit(jax.grad(loss, (0, 1))).lower(*given).compile().as_text()
+        orders = [line.split("dim_labels=")[1].split(",")[0] for line in program.splitlines() if " convolution(" in line]
+        found[convolve] = [order == "b01f_01io->b01f" for order in orders]
+    assert found[in_branch] == [True] * 3  # the output, computed anew, and both gradients
+    assert not all(found[plain])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8)])

@@ -14,8 +14,10 @@ convolution and its transposes on every other platform. The choice stands inside
 the gradient of a conditional would keep the residuals of both branches.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -58,11 +60,27 @@ def convolution(
     kernel = kernel[rows, columns]
     geometry = Geometry(images.shape[1:3], kernel.shape[:2], tuple(stride), (padding_rows, padding_columns), groups)
     kind = _kind(images, kernel, geometry)
-    if kind == "plain":
+    if kind == "plain" and not _IN_A_BRANCH.get():
         output = _plain_output(images, kernel, geometry)
     else:
         output = _output(*_vary_alike(images, kernel), geometry._replace(kind=kind))
     return checkpoint_name(output, KEPT)
+
+
+_IN_A_BRANCH = contextvars.ContextVar("in_a_branch", default=False)
+
+
+@contextlib.contextmanager
+def in_a_branch() -> Iterator[None]:
+    """For what is traced into the branch of a conditional: there no gradient is left to JAX, whose own are slow on a CPU.
+
+    So forward mode raises for every convolution.
+    """
+    before = _IN_A_BRANCH.set(True)
+    try:
+        yield
+    finally:
+        _IN_A_BRANCH.reset(before)
 
 
 def _kind(images: Array, kernel: Array, geometry: Geometry) -> str:
@@ -141,13 +159,13 @@ def _plain_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Arr
 # The choice, and the gradients of each product in terms of the other two.
 
 
-def _product(which: str, plain: Callable, **on_cpu: Callable) -> jax.custom_vjp:
+def _product(which: str, default: Callable, /, **on_cpu: Callable) -> jax.custom_vjp:
     @partial(jax.jit, static_argnums=2)  # a shape that repeats, as most blocks of a network do, is traced once
     def product(left: Array, right: Array, geometry: Geometry) -> Array:
-        here = on_cpu.get(geometry.kind, plain)
-        default = ELSEWHERE.get((which, geometry.kind), plain)
+        here = on_cpu.get(geometry.kind, default)
+        there = ELSEWHERE.get((which, geometry.kind), default)
         return lax.platform_dependent(
-            left, right, cpu=partial(here, geometry=geometry), default=partial(default, geometry=geometry)
+            left, right, cpu=partial(here, geometry=geometry), default=partial(there, geometry=geometry)
         )
 
     return jax.custom_vjp(product, nondiff_argnums=(2,))
@@ -164,6 +182,9 @@ _output = _product(
 _to_images = _product(
     "to_images",
     _plain_to_images,
+    plain=cpu.ordered_to_images,
+    grouped=cpu.ordered_to_images,
+    wide=cpu.ordered_to_images,
     depthwise=cpu.depthwise_to_images,
     pointwise=cpu.pointwise_to_images,
     tiny=cpu.by_taps_to_images,
@@ -173,6 +194,8 @@ _to_images = _product(
 _to_kernel = _product(
     "to_kernel",
     _plain_to_kernel,
+    plain=cpu.ordered_to_kernel,
+    tiny=cpu.ordered_to_kernel,
     depthwise=cpu.depthwise_to_kernel,
     pointwise=cpu.pointwise_to_kernel,
     grouped=cpu.grouped_to_kernel,

@@ -131,16 +131,16 @@ def _pad(images: Array, padding: tuple[Pair, Pair], between: Pair = (0, 0)) -> A
 
 def sum_dtype(images: Array) -> jnp.dtype:
     """In which sums are kept: float32 for narrower numbers."""
-    return jnp.dtype(jnp.float32) if jnp.finfo(images.dtype).bits < 32 else images.dtype
+    return jnp.dtype(jnp.float32) if _is_narrow(images) else images.dtype
+
+
+def _is_narrow(images: Array) -> bool:
+    return jnp.finfo(images.dtype).bits < 32
 
 
 # 1x1: matrix products over the pixels that the stride leaves. The kernel's gradient gains most, 45 to 10 /
 # 57 to 13 at 14x14x1024 to 256; the others are equal or better, 12 to 8.7 / 11.3 to 10.9. bfloat16 operands with a
-# float32 result: 4.7 / 5.1, with a bfloat16 one 9.7 / 7.7.
-# The kernel's gradient over batch, height and width as they are, and over the pixels in one dimension, on two cores of a Xeon:
-# float32, 56x56, 24 to 144: 3.9 / 4.3 and 1.8 / 2.0, 112x112, 32 to 16: 8.6 / 13.9 and 3.6 / 3.5; of the 15 shapes of
-# experiments/speed/forms.py the second is at worst a sixth (JAX 0.12: three tenths) slower. bfloat16, 56x56, 256 to 64:
-# 17 / 17 and 25 / 31; 14x14, 1024 to 256: 16 / 11 and 9.5 / 9.8.
+# float32 result: 4.7 / 5.1, with a bfloat16 one 9.7 / 7.7. The kernel's gradient: see `_product_over_pixels`.
 
 
 def pointwise_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
@@ -153,10 +153,8 @@ def pointwise_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> 
 
 
 def pointwise_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
-    images = _strided(images, geometry.stride)
-    if images.dtype != sum_dtype(images) and math.prod(geometry.output_size) >= 28 * 28:
-        return _product_over(images, cotangent, (0, 1, 2), (0, 1, 2))[None, None]
-    return _product_over_pixels(images, cotangent).astype(images.dtype)[None, None]
+    product = _product_over_pixels(_strided(images, geometry.stride), cotangent)
+    return product.astype(images.dtype)[None, None]
 
 
 # Between dense and depthwise (ResNeXt): the kernel's gradient, which XLA expands to a dense one, as a batched product
@@ -207,8 +205,42 @@ def by_taps_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Ar
 
 def by_taps_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
     windows = _windows(_pad(images, geometry.padding), geometry.kernel_size, geometry.stride, geometry.output_size)
-    products = [_product_over_pixels(window, cotangent) for window in windows]
+    if _is_narrow(images):  # 28x28x128: 18 to 8.6, 14x14x256: 13 to 5.9, 56x56x128 with stride 2: 21 to 8.5 (JAX 0.10.2)
+        turned = _turned(cotangent)
+        products = [_product_of_turned(turned, window).T for window in windows]
+    else:
+        products = [_product_over_pixels(window, cotangent) for window in windows]
     return jnp.stack(products).reshape(*geometry.kernel_size, *products[0].shape).astype(images.dtype)
+
+
+# The gradients of a dense or grouped convolution as convolutions of their own, in the order of dimensions for which XLA's CPU
+# compiler has fast code. It brings others into this order itself, but only in a program's entry: in the branch of a
+# conditional, or in a scan, those that JAX makes become a plain loop.
+
+
+def ordered_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
+    height, width, channels, filters = kernel.shape
+    groups = geometry.groups
+    split = kernel[::-1, ::-1].reshape(height, width, channels, groups, filters // groups)
+    turned = split.transpose((0, 1, 4, 3, 2)).reshape(height, width, filters // groups, groups * channels)
+    sides = zip(geometry.image_size, geometry.output_size, geometry.kernel_size, geometry.stride, geometry.padding, strict=True)
+    around = []
+    for size, outputs, taps, stride, (low, _) in sides:
+        before = taps - 1 - low
+        around.append((before, size - (outputs - 1) * stride - 1 + taps - 1 - before))
+    return _ordered_convolution(cotangent, turned, around, lhs_dilation=geometry.stride, feature_group_count=groups)
+
+
+def ordered_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
+    """Of a dense convolution: channels take the place of the batch, and the batch that of channels."""
+    sides = zip(geometry.image_size, geometry.output_size, geometry.kernel_size, geometry.stride, geometry.padding, strict=True)
+    around = [(low, taps + (outputs - 1) * stride - size - low) for size, outputs, taps, stride, (low, _) in sides]
+    images, cotangent = images.transpose((3, 1, 2, 0)), cotangent.transpose((1, 2, 0, 3))
+    return _ordered_convolution(images, cotangent, around, rhs_dilation=geometry.stride).transpose((1, 2, 0, 3))
+
+
+def _ordered_convolution(images: Array, kernel: Array, padding: Sequence[Pair], **fields) -> Array:
+    return lax.conv_general_dilated(images, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **fields)
 
 
 def _spread(tap: Pair, geometry: Geometry) -> tuple[tuple[Pair, Pair], Pair]:
@@ -225,9 +257,46 @@ def _strided(images: Array, stride: Pair) -> Array:
 
 
 def _product_over_pixels(images: Array, cotangent: Array) -> Array:
-    """[channels, filters], in the dtype of sums."""
-    images, cotangent = (x.reshape(-1, x.shape[-1]) for x in (images, cotangent))
-    return _wide_product(cotangent, images, (0,), (0,)).T
+    """[channels, filters], in the dtype of sums.
+
+    Over the pixels in one dimension, not over batch, height and width: float32, 56x56, 24 to 144, two cores of a Xeon: 1.8 /
+    2.0 for 3.9 / 4.3. XLA has its library (YNNPACK) for products whose left factor is summed along its rows; a sum down the
+    columns of both it leaves to Eigen, for which it first widens bfloat16. So in bfloat16 the factor with fewer channels is
+    turned. As they are and so, JAX 0.10.2: 14x14, 1024 to 256: 8.4 to 2.8; 28x28, 512 to 128: 9.8 to 3.3; 240 to 40: 2.5
+    to 1.2; 56x56, 64 to 256: 10.9 to 7.6; 112x112, 16 to 96: 8.7 to 7.2; 7x7, 160 to 960: 0.84 to 0.58; a step of
+    ResNet-50 1.19 to 1.03 s. In float32, alone, 8.0 to 4.3, 8.4 to 6.1, but 3.5 to 5.1 at 112x112; ResNet-50 1.50 to 1.54 s.
+    """
+    if not _is_narrow(images):
+        return _wide_product(_flat(cotangent), _flat(images), (0,), (0,)).T
+    if images.shape[3] <= cotangent.shape[3]:
+        return _product_of_turned(_turned(images), cotangent)
+    return _product_of_turned(_turned(cotangent), images).T
+
+
+def _product_of_turned(turned: Array, right: Array) -> Array:
+    """[rows of `turned`, channels of `right`].
+
+    The barrier: a transpose of the result would otherwise become a product of transposes, which in bfloat16 JAX 0.10.2
+    compiles and then cannot run ("Unsupported element type for DotThunk").
+    """
+    return lax.optimization_barrier(_wide_product(turned, _flat(right), (1,), (0,)))
+
+
+def _turned(x: Array) -> Array:
+    """`[channels, pixels]` of `[batch, height, width, channels]` in 16 bits, stored in this order.
+
+    First image by image, whose lines stay in a cache until all channels have been read from them: 50176 pixels of 256
+    channels take 18 at once and 11 so. Barriers keep XLA from undoing both; as integers, for of bfloat16 it would make float32
+    at a barrier. In four dimensions and reshaped after: XLA holds what comes from a transpose to be stored by columns.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint16)
+    bits = lax.optimization_barrier(bits.transpose((0, 3, 1, 2)))
+    bits = lax.optimization_barrier(bits.transpose((1, 0, 2, 3)))
+    return lax.bitcast_convert_type(bits, x.dtype).reshape(x.shape[3], -1)
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _product_over(left: Array, right: Array, left_axes: tuple[int, ...], right_axes: tuple[int, ...]) -> Array:

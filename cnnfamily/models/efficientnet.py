@@ -125,7 +125,7 @@ class EfficientNet(nn.Module):
                     dtype=self.dtype,
                     name=f"stage{i + 1}_block{j + 1}",
                 )
-                x = x + branch_output(block, x, block_drop, convolves=False) if residual else block(x)
+                x = x + branch_output(block, x, block_drop) if residual else block(x)
             self.sow("intermediates", f"stage{i + 1}", x)
         x = norm(activation, name="head_norm")(conv(round_filters(self.head_filters, self.width), 1, name="head")(x))
         self.sow("intermediates", "head_output", x)

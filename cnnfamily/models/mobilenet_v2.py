@@ -111,7 +111,7 @@ class MobileNetV2(nn.Module):
                     last_scale_init=initializers.zeros if self.zero_init_last else initializers.ones,
                     name=f"stage{i + 1}_block{j + 1}",
                 )
-                x = x + branch_output(block, x, block_drop, convolves=False) if residual else block(x)
+                x = x + branch_output(block, x, block_drop) if residual else block(x)
             self.sow("intermediates", f"stage{i + 1}", x)
         x = conv(round_filters(self.head_filters, max(1.0, self.width)), 1, name="head")(x)
         x = norm(activation, name="head_norm")(x)

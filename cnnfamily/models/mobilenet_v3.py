@@ -169,7 +169,7 @@ class MobileNetV3(nn.Module):
                     dtype=self.dtype,
                     name=f"stage{i + 1}_block{j + 1}",
                 )
-                x = x + branch_output(block, x, block_drop, convolves=False) if residual else block(x)
+                x = x + branch_output(block, x, block_drop) if residual else block(x)
                 table_filters = filters
             self.sow("intermediates", f"stage{i + 1}", x)
         x = norm(activation, name="head_norm")(conv(6 * x.shape[-1], 1, name="head")(x))

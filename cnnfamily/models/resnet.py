@@ -114,7 +114,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, drop: Drop):
         activated = self.norm(self.activation, name="norm")(x) if self.preactivation else x
-        y = branch_output(self.branch(name="branch"), activated, drop, convolves=True)
+        y = branch_output(self.branch(name="branch"), activated, drop)
         if self.shortcut != "none":
             projects = self.shortcut == "C" or (self.shortcut == "B" and y.shape != x.shape)
             norm = (lambda name: ACTIVATIONS["identity"]) if self.preactivation else self.norm

@@ -9,12 +9,8 @@ It asks `drops` once what happens to each of its blocks, and calls `branch_outpu
     subset    the branch is computed for k of every g consecutive examples of the global batch, chosen at random
     none      no branch is dropped
 
-What `batch` saves, it saves on GPU and TPU for every network. On a CPU it does for branches that hold no convolution operation
-once they are lowered (EfficientNet's: depthwise and 1x1, see `convolution`); other branches are computed there and then
-masked, for XLA's CPU compiler leaves the gradient of a convolution inside a conditional unoptimised. To write a 3x3 as nine
-matrix products in the conditional would lose more than it saves: 33 ms for 6.8 forward, 40 for 9.0 in the kernel's gradient
-(128x32x32x16; 15 for 2.8 and 23 for 7.3 at 128x16x16x32; float32, two Zen 5 cores, JAX 0.10.2, medians of 9, beside
-other work).
+On every platform a dropped branch of form `batch` costs no time. On a CPU its convolutions are traced for the branch of a
+conditional (`convolution.in_a_branch`), where the gradients that JAX makes of them would be slow.
 """
 
 import dataclasses
@@ -26,6 +22,7 @@ from jax import Array, lax
 
 from cnnfamily import rng
 from cnnfamily.errors import UsageError
+from cnnfamily.models.convolution import in_a_branch
 from cnnfamily.models.layers import choose
 
 FORMS = ("example", "batch", "subset", "none")
@@ -130,13 +127,10 @@ def drops(network: nn.Module, blocks: int, train: bool, position: Array) -> list
     return [drop(i) for i in range(blocks)]
 
 
-def branch_output(branch: nn.Module, x: Array, drop: Drop, *, convolves: bool) -> Array:
-    """What a residual branch adds to its shortcut, `[batch, ...]`: `branch(x)` under stochastic depth.
-
-    `convolves`: whether a convolution operation is left in the branch on a CPU, see above.
-    """
+def branch_output(branch: nn.Module, x: Array, drop: Drop) -> Array:
+    """What a residual branch adds to its shortcut, `[batch, ...]`: `branch(x)` under stochastic depth."""
     if drop.form == "batch":
-        y = _conditional(branch, x, drop.keep, convolves)
+        y = _conditional(branch, x, drop.keep)
     elif drop.form == "subset":
         y = _exchange(branch(_exchange(x, drop.chosen, drop.place)), drop.place, drop.chosen)
     else:
@@ -147,33 +141,24 @@ def branch_output(branch: nn.Module, x: Array, drop: Drop, *, convolves: bool) -
     return y if drop.scale == 1.0 else y * jnp.asarray(drop.scale, y.dtype)
 
 
-def _conditional(branch: nn.Module, x: Array, keep: Array, convolves: bool) -> Array:
+def _conditional(branch: nn.Module, x: Array, keep: Array) -> Array:
     """`branch(x)` if `keep`, else zeros and unchanged batch statistics.
 
-    By a pure function of the branch's variables, because a bare `lax.cond` around bound linen modules leaks tracers, and so
-    that the same function can stand in both forms.
+    By a pure function of the branch's variables, because a bare `lax.cond` around bound linen modules leaks tracers.
     """
 
-    @jax.jit  # traced once for its shape, the conditional and the mask
+    @jax.jit  # traced once, for its shape and for the conditional
     def run(variables, x):
-        output, updates = branch.clone(parent=None, name=None).apply(variables, x, mutable=["batch_stats"])
+        with in_a_branch():
+            output, updates = branch.clone(parent=None, name=None).apply(variables, x, mutable=["batch_stats"])
         return output, updates["batch_stats"]
 
     def skip(variables, x):
         return jnp.zeros(output.shape, output.dtype), variables["batch_stats"]
 
-    def conditional(variables, x):
-        return lax.cond(keep, run, skip, variables, x)
-
-    def masked(variables, x):
-        return jax.tree.map(lambda ran, skipped: jnp.where(keep, ran, skipped), run(variables, x), skip(variables, x))
-
     variables = {name: branch.variables.get(name, {}) for name in ("params", "batch_stats")}
     output = jax.eval_shape(run, variables, x)[0]
-    if convolves:
-        y, updates = lax.platform_dependent(variables, x, cpu=masked, default=conditional)
-    else:
-        y, updates = conditional(variables, x)
+    y, updates = lax.cond(keep, run, skip, variables, x)
     for name, value in updates.items():
         branch.put_variable("batch_stats", name, value)
     return y
