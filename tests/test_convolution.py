@@ -92,7 +92,7 @@ def test_depthwise_equals_the_plain_convolution_in_value_and_gradients(rows, col
     assert_equal_to_plain(size, taps, 3, 3, 3, stride, padding)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [pair for pair in PAIRS[::6]])
+@pytest.mark.parametrize(("rows", "columns"), PAIRS[::6])
 def test_dense_in_a_branch_equals_the_plain_convolution(rows, columns):
     size, taps, stride, padding = zip(rows, columns, strict=True)
     assert_equal_to_plain(size, taps, 3, 4, 1, stride, padding, in_branch)

@@ -1,4 +1,4 @@
-"""A command that tunes malloc gets huge pages and few arenas, with its arguments, and starts again only once."""
+"""A command that tunes malloc gets huge pages, few arenas, keeps what it frees, and starts again once, with its arguments."""
 
 import os
 import platform
@@ -38,6 +38,38 @@ def test_large_blocks_cost_few_page_faults():
         assert arguments == f"['{how}', 'two words']"
     assert float(faults["small"]) > 0.9
     assert float(faults["huge"]) < 0.1
+
+
+KEPT = """
+import os, resource
+from cnnfamily import memory
+memory.tune_malloc()
+import jax, jax.numpy as jnp
+@jax.jit
+def step(x):  # with a temporary of 64 MiB; without a loop so small a program is run by the caller anyway
+    return jax.lax.fori_loop(0, 2, lambda i, x: x + 1, jnp.sin(x @ x.T) @ x)
+x = jnp.ones((4096, 64))
+for _ in range(8):
+    step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    step(x).block_until_ready()
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults * os.sysconf("SC_PAGESIZE") / 2**20 / 4)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs Linux with glibc")
+def test_the_temporaries_of_a_step_are_kept_for_the_next():
+    small = "glibc.malloc.hugetlb=0"  # so that faults tell how much came from the kernel
+    environment, megabytes = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, {}
+    for how, given in (("kept", small), ("returned", f"{small}:glibc.malloc.mmap_max=65536")):
+        command = [sys.executable, "-c", KEPT]
+        tunables = {"GLIBC_TUNABLES": given}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment | tunables, check=True)
+        megabytes[how] = float(done.stdout)
+    assert megabytes["kept"] < 20
+    assert megabytes["returned"] > 60  # what the test rests on, and that a setting of one's own stays
 
 
 ARENAS = """
