@@ -1,4 +1,4 @@
-"""The ResNets of He et al. 2015, section 4.2, and ResNet-110 with stochastic depth (Huang et al. 2016), each by its paper's schedule.
+"""The ResNets of He et al. 2015, section 4.2, and ResNet-110 with stochastic depth (Huang et al. 2016), by their papers.
 
     python -m cnnfamily.sweep --sweep=experiments/cifar_resnet/sweep.py[:NAME] --config.data.source=npz:FILE
 
@@ -25,7 +25,12 @@ STEPS, BOUNDARIES = 64_000, (32_000, 48_000)  # He et al.
 EPOCHS, BOUNDARIES_EPOCHS = 500.0, (250.0, 375.0)  # Huang et al.
 STEPS_AN_EPOCH = 50_000 / 128
 # Of the paper's duration. 6,400 steps of Huang et al.'s 195,312, so that the two short forms cost the same.
-SHARE = {"short": 0.1, "stochastic_depth_short": 6_400 / (EPOCHS * STEPS_AN_EPOCH), "smoke": 0.001, "stochastic_depth_smoke": 0.032}
+SHARE = {
+    "short": 0.1,
+    "stochastic_depth_short": 6_400 / (EPOCHS * STEPS_AN_EPOCH),
+    "smoke": 0.001,
+    "stochastic_depth_smoke": 0.032,
+}
 SEEDS = {20: 3, 32: 1, 44: 1, 56: 1, 110: 1}
 FORMS = ("none", "batch", "example", "subset")  # without first: the paper's 6.41 %, with which the others are compared
 

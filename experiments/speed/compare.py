@@ -299,7 +299,8 @@ def table(study: dict) -> str:
         f"\nImages/s, medians (smallest to largest) of n = {' or '.join(map(str, rounds))} bursts, the sides in turn. "
         "ours / torch: our fastest dtype over the fastest of torch, eager or compiled, in float32 and in any dtype. "
         "ours / plain: by rounds."
-        + " GiB: the allocator's peak of memory since the process began, what the choice of algorithms needs included." * counted,
+        + " GiB: the allocator's peak since its process began, with what choosing algorithms needs."
+        * counted,
         "",
         *(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *lines]),
     ]
@@ -351,7 +352,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--resolution", type=int, default=0, help="0: 224, of efficientnet_b4 380; lenet5 always has 32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--together", type=int, default=1, help="networks and dtypes that get ready at once, if all fit in memory")
+    parser.add_argument("--together", type=int, default=1, help="networks and dtypes that get ready at once; all have to fit")
     parser.add_argument("--seconds", type=float, default=1.5, help="of a burst, about")
     parser.add_argument("--start-timeout", type=float, default=240.0, help="seconds to compile, and for a burst")
     parser.add_argument("--torch-python", default=sys.executable, help="where torch lies in an environment without JAX")

@@ -82,10 +82,9 @@ def table(study: dict) -> str:
         middle, low, high = (1e3 * seconds for seconds in row["seconds"])
         digits = 0 if middle >= 20 else 2  # a GPU's steps take a few
         times = f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
-        lines.append(
-            f"| {row['line']} | {row[row['line']]:g} | {row['macs'] / 1e9:.2f} | {times} "
-            f"| {1e3 * row['batch'] / middle:,.1f} | {row['macs'] / middle / 1e6:,.1f} | {row['temporary_bytes'] / 2**20:,.0f} |"
-        )
+        rates = f"{1e3 * row['batch'] / middle:,.1f} | {row['macs'] / middle / 1e6:,.1f}"
+        cells = [row["line"], f"{row[row['line']]:g}", f"{row['macs'] / 1e9:.2f}", times, rates]
+        lines.append(f"| {' | '.join(cells)} | {row['temporary_bytes'] / 2**20:,.0f} |")
     if "batch_ended" in study:
         lines.append("\nThe batch ended before {batch:,}: {why}".format(**study["batch_ended"]))
     return "\n".join(lines)

@@ -2,8 +2,8 @@
 
 `python experiments/speed/side.py JOB`, a JSON object. Writes one JSON line when ready, then answers each line `{"steps": n}`
 with the seconds that n steps took, the last loss and, where the device counts it, the peak of its memory since the process
-began; between two lines it does nothing. To `{"steps": n, "digest": true}` ours also tells the digest of its state. With the job `{"side": ...,
-"describe": true}` it tells device and versions.
+began; between two lines it does nothing. To `{"steps": n, "digest": true}` ours also tells the digest of its state. With the
+job `{"side": ..., "describe": true}` it tells device and versions.
 """
 
 import contextlib

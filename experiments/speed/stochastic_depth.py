@@ -44,7 +44,8 @@ def main() -> None:
             seconds[form].append((time.perf_counter() - start) / steps)
     device = jax.local_devices()[0].device_kind
     text = f"{arguments.model}, batch {BATCH}, float32, {arguments.rounds} rounds of {steps} steps, in turn; "
-    text += f"{compare.processor() if device == 'cpu' else device}, JAX {jax.__version__}; {table(seconds, sum(create_model(arguments.model).stage_sizes))}"
+    text += f"{compare.processor() if device == 'cpu' else device}, JAX {jax.__version__}; "
+    text += table(seconds, sum(create_model(arguments.model).stage_sizes))
     print(f"\n{text}")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,10 @@ def main() -> None:
 
 def table(seconds: dict[str, list[float]], blocks: int) -> str:
     expected = sum(0.5 * (i + 1) / blocks for i in range(blocks)) / blocks
-    lines = [f"mean drop rate {expected:.3f}\n", "| form | ms a step | seconds an epoch | of none | saving | of what is expected |"]
+    lines = [
+        f"mean drop rate {expected:.3f}\n",
+        "| form | ms a step | seconds an epoch | of none | saving | of what is expected |",
+    ]
     lines.append("|---|---|---|---|---|---|")
     for form in FORMS:
         ratios = sorted(mine / none for mine, none in zip(seconds[form], seconds["none"], strict=True))
