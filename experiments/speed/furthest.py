@@ -1,7 +1,7 @@
 """Where the time goes in the networks that are furthest behind torch: `python experiments/speed/furthest.py RESULTS.json`.
 
 RESULTS is a file of `compare.py`. Of the networks in it, the three (`--count`) with the smallest ratio of our images/s in
-training to torch's, each in its best dtype, are measured by `python -m cnnfamily.benchmark --by-layer` in the dtype of our best.
+training to torch's, each in its best dtype, are measured by `python -m cnnfamily.benchmark --by-layer` in that of our best.
 Writes `profile-RESULTS.json`, with which the same command goes on after a stop, and a table beside it.
 """
 

@@ -44,9 +44,11 @@ def measure(point: dict, mode: str, seconds: float) -> dict:
 
 
 def values_of(line: str, largest_batch: int) -> tuple[float, ...]:
-    """Those of the table; the batch goes on doubling up to `largest_batch`."""
-    more = itertools.takewhile(lambda batch: batch <= largest_batch, (512 << i for i in itertools.count()))
-    return LINES[line] + (tuple(more) if line == "batch" else ())
+    """Those of the table; the batch goes on doubling, to `largest_batch` at most."""
+    if line != "batch":
+        return LINES[line]
+    doubled = (2 * LINES["batch"][-1] << i for i in itertools.count())
+    return tuple(itertools.takewhile(lambda batch: batch <= largest_batch, itertools.chain(LINES["batch"], doubled)))
 
 
 def draw(study: dict, path: Path) -> None:
