@@ -55,7 +55,8 @@ def sweep(label: str, item: str, what: str, study: str, form: str, small: str, s
         f"{SWEEP} --sweep=experiments/{study}/sweep.py{name and ':'}{name} --workdir=runs/gpu/{label} {source}"
         for name in (form, small)
     )
-    fields = {"results": (f"experiments/{study}/results*.jsonl",), "needs": ("cifar",)} | fields
+    written = tuple(f"experiments/{study}/results{name and '-'}{name}.jsonl" for name in (form, small))
+    fields = {"results": written, "needs": ("cifar",)} | fields
     return Step(label, item, what, command, smoke, **fields)
 
 
@@ -127,7 +128,7 @@ STEPS = [
         f"{SPEED}/stochastic_depth.py --out=experiments/speed/results/stochastic_depth_{{device}}.md",
         f"{SPEED}/stochastic_depth.py --model=resnet20_cifar --rounds=1 --steps=1 "
         "--out=experiments/speed/results/stochastic_depth_{device}.md",
-        seconds=200,
+        least=120,
         results=SPEED_RESULTS,
     ),
     sweep("cifar-short", "3", "ResNet-20 to 110, a tenth of the paper's schedule", "cifar_resnet", "short", "smoke"),
@@ -173,7 +174,7 @@ STEPS = [
         "batch",
         "7",
         "images/s against the batch until memory is full",
-        f"{SPEED}/scale.py efficientnet_b0 --resolution=224 --dtype=bfloat16 --lines=batch --seconds=1.5 "
+        f"{SPEED}/scale.py efficientnet_b0 --resolution=224 --dtype=bfloat16 --lines=batch --smallest-batch=32 --seconds=1.5 "
         "--out=experiments/speed/results/batch_{device}.json",
         f"{SPEED}/scale.py resnet20_cifar --resolution=32 --lines=batch --largest-batch=2 --seconds=0.05 "
         "--out=experiments/speed/results/batch_{device}.json",

@@ -43,12 +43,13 @@ def measure(point: dict, mode: str, seconds: float) -> dict:
     return {"macs": macs, "seconds": [middle, low, high], "steps": len(times), "temporary_bytes": held.temp_size_in_bytes}
 
 
-def values_of(line: str, largest_batch: int) -> tuple[float, ...]:
+def values_of(line: str, smallest_batch: int, largest_batch: int) -> tuple[float, ...]:
     """Those of the table; the batch goes on doubling, to `largest_batch` at most."""
     if line != "batch":
         return LINES[line]
     doubled = (2 * LINES["batch"][-1] << i for i in itertools.count())
-    return tuple(itertools.takewhile(lambda batch: batch <= largest_batch, itertools.chain(LINES["batch"], doubled)))
+    found = itertools.takewhile(lambda batch: batch <= largest_batch, itertools.chain(LINES["batch"], doubled))
+    return tuple(batch for batch in found if batch >= smallest_batch)
 
 
 def draw(study: dict, path: Path) -> None:
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--mode", default="train", choices=benchmark.MODES)
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing for each program")
     parser.add_argument("--lines", default=list(LINES), type=lambda text: compare.listed(text, tuple(LINES)))
+    parser.add_argument("--smallest-batch", type=int, default=1)
     parser.add_argument("--largest-batch", type=int, help="default: 256 on a CPU, any on a GPU")
     parser.add_argument("--out", type=Path, help="the JSON file; table and plot stand beside it")
     arguments = parser.parse_args()
@@ -118,7 +120,7 @@ def main() -> None:
         study = old
     path.parent.mkdir(parents=True, exist_ok=True)
     for line in arguments.lines:
-        for value in values_of(line, largest):
+        for value in values_of(line, arguments.smallest_batch, largest):
             ended = line == "batch" and value >= study.get("batch_ended", {"batch": value + 1})["batch"]
             if ended or any(row["line"] == line and row[line] == value for row in study["rows"]):
                 continue
