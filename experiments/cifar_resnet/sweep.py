@@ -52,6 +52,7 @@ def sweep(name: str):
             fields = {"model.name": f"resnet{depth}_cifar", **small} | ({"model.stage_sizes": (1, 1)} if small else {})
             yield {
                 **fields,
+                "total_epochs": 0.0,
                 "total_steps": round(STEPS * share),
                 "optim.boundaries_steps": tuple(round(step * share) for step in BOUNDARIES),
                 "optim.warmup_steps": (4 if small else 400) if depth == 110 else 0,
