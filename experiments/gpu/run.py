@@ -215,7 +215,7 @@ class Driver:
     def pack(self) -> None:
         """Results as one archive, unfinished runs as one in parts, and beside them how far the steps are."""
         files = [path for pattern in self.result_patterns() for path in sorted(self.tree.glob(pattern)) if path.is_file()]
-        files, too_many = fitting(((path.stat().st_size + 1024, [path]) for path in dict.fromkeys(files)), PART_BYTES)
+        files, too_many = fitting(((path.stat().st_size + 1024, path, [path]) for path in dict.fromkeys(files)), PART_BYTES)
         with disk.replacing(self.out / "results.tar.gz") as partial, tarfile.open(partial, "w:gz", compresslevel=6) as archive:
             for path in files:
                 archive.add(path, path.relative_to(self.tree))
@@ -239,28 +239,29 @@ class Driver:
         return [f"{RESULTS}/**/*", *dict.fromkeys(pattern for step in self.steps for pattern in step.results)]
 
 
-def fitting(groups: Iterable[tuple[int, list[Path]]], limit: int) -> tuple[list[Path], list[Path]]:
-    """The files of as many groups as fit in `limit` bytes, the smallest first, and the first file of those that do not."""
+def fitting(groups: Iterable[tuple[int, Path, list[Path]]], limit: int) -> tuple[list[Path], list[Path]]:
+    """Of groups of files, each with its bytes and a name: the files of those that fit, small ones first, and the other names."""
     taken, left, total = [], [], 0
-    for size, files in sorted(groups):
+    for size, name, files in sorted(groups):
         total += size
         if total <= limit:
             taken += files
         else:
-            left += files[:1]
+            left.append(name)
     return taken, left
 
 
-def unfinished_runs(folder: Path) -> Iterable[tuple[int, list[Path]]]:
-    """Bytes and files of each run that can go on: what stands beside the checkpoints, and of those the newest whole one."""
+def unfinished_runs(folder: Path) -> Iterable[tuple[int, Path, list[Path]]]:
+    """Each run that can go on: what stands beside its checkpoints, and of those the newest whole one."""
     for manifest in folder.rglob("manifest.json"):
-        steps = [int(path.name) for path in manifest.parent.glob("checkpoints/*") if path.name.isdecimal()]
-        whole = [step for step in steps if (manifest.parent / "checkpoints" / str(step) / disk.DIGESTS).exists()]
+        run = manifest.parent
+        steps = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdecimal()]
+        whole = [step for step in steps if (run / "checkpoints" / str(step) / disk.DIGESTS).exists()]
         if not whole or max(whole) >= json.loads(manifest.read_text())["total_steps"]:
             continue
-        files = [path for path in manifest.parent.iterdir() if path.is_file() and path.suffix in (".json", ".jsonl")]
-        files += [path for path in (manifest.parent / "checkpoints" / str(max(whole))).rglob("*") if path.is_file()]
-        yield sum(path.stat().st_size + 1536 for path in files), files  # with what an archive adds to each
+        files = [path for path in run.iterdir() if path.is_file() and path.suffix in (".json", ".jsonl")]
+        files += [path for path in (run / "checkpoints" / str(max(whole))).rglob("*") if path.is_file()]
+        yield sum(path.stat().st_size + 1536 for path in files), run, files  # with what an archive adds to each
 
 
 def add_end(archive: tarfile.TarFile, log: Path, name: str) -> None:
