@@ -240,7 +240,7 @@ class Driver:
 
 
 def fitting(groups: Iterable[tuple[int, Path, list[Path]]], limit: int) -> tuple[list[Path], list[Path]]:
-    """Of groups of files, each with its bytes and a name: the files of those that fit, small ones first, and the other names."""
+    """Of groups of files, each with bytes and a name: the files of those that fit, small ones first, and the other names."""
     taken, left, total = [], [], 0
     for size, name, files in sorted(groups):
         total += size
