@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -48,7 +49,7 @@ FILES, FILE_BYTES = 8, 16 * 2**20
 # Of the 8 files three hold parts of the unfinished runs: with the results 60 MiB together, which is what may come back at once.
 PARTS, PART_BYTES = 3, 15 * 2**20
 LOG_BYTES = 100_000  # of the end of a step's log
-PACKING = 20  # seconds
+RESERVE = 45  # seconds at the end: 30 for a step to save in, the rest to pack
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "numpy", "torch")
 PACKAGES += ("torchvision", "timm", "triton")
 MARK = "CNNFAMILY_GPU_STEP"  # in the environment of everything that a step starts
@@ -77,8 +78,8 @@ class Driver:
         self.steps, self.tree, self.out, self.data, self.small = steps, tree, out, data, small
         self.chosen = [step for step in steps if not only or step.label in only]
         self.end = time.monotonic() + seconds
-        self.device, self.driver = gpu()
-        self.versions = versions() | ({"driver": self.driver} if self.driver else {})
+        self.device, driver = gpu()
+        self.versions = versions() | ({"driver": driver} if driver else {})
         self.commit = commit or commit_of(tree)
         self.stopped = 0  # the signal that asked to
         self.state_file = tree / RESULTS / "steps.json"
@@ -86,6 +87,17 @@ class Driver:
         self.failed_now: set[str] = set()
         for folder in (self.state_file.parent, tree / WORK / "logs", out):
             folder.mkdir(parents=True, exist_ok=True)
+        self.name = self.name_of_machine()
+
+    def name_of_machine(self) -> str:
+        """h100; h100-2 for a second machine with another processor or versions, whose numbers stand in files of their own."""
+        here = {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "versions": self.versions}
+        file = self.tree / RESULTS / "machines.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        names = (self.device + (f"-{i}" if i > 1 else "") for i in itertools.count(1))
+        name = next(name for name in names if known.get(name, here) == here)
+        disk.write_whole(file, json.dumps(known | {name: here}, indent=1) + "\n")
+        return name
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -162,9 +174,21 @@ class Driver:
 
     def command(self, step: Step) -> str:
         cores = len(os.sched_getaffinity(0))
-        words = {"device": self.device, "cores": max(1, cores - 2), "jobs": 2 if self.small else max(1, min(7, cores // 2))}
+        words = {
+            "device": self.name,
+            "measured": self.measured(),
+            "cores": max(1, cores - 2),
+            "jobs": 2 if self.small else max(1, min(7, cores // 2)),
+        }
         words |= {name: f"{WORK}/{target}{WITHIN.get(name, '')}" for name, (_, target, _) in DATA.items()}
         return (step.small if self.small else step.command).format(**words)
+
+    def measured(self) -> str:
+        """The file with what `compare.py` measured on this machine, else the newest of another."""
+        folder = self.tree / "experiments/speed/results"
+        here = folder / f"gpu_{self.name}.json"
+        others = sorted(folder.glob("gpu_*.json"), key=lambda path: path.stat().st_mtime)
+        return str((here if here.exists() or not others else others[-1]).relative_to(self.tree))
 
     def execute(self, command: str, log: Path, environment: dict, *, limit: float, grace: float) -> tuple[int, bool]:
         """The status of a command, and whether it was asked to end; nothing that it started is left."""
@@ -326,6 +350,13 @@ def gpu() -> tuple[str, str]:
     return "cpu", ""
 
 
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return found[1] if found else platform.machine()
+    return platform.machine()
+
+
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -444,7 +475,7 @@ def main() -> None:
             unpack(arguments.resume, tree)
         options = {"data": data, "only": labels, "small": arguments.small, "commit": commit}
         if arguments.minutes:
-            options["seconds"] = 60 * arguments.minutes - PACKING - (time.monotonic() - start)
+            options["seconds"] = 60 * arguments.minutes - RESERVE - (time.monotonic() - start)
         driver = Driver(STEPS, tree, out, **options)
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda signum, frame: setattr(driver, "stopped", signum))

@@ -1,7 +1,8 @@
 """What is measured on a GPU, a row a step, in the order of its worth: first what takes minutes, then what takes long.
 
-In a command {device} is the GPU in one word (h100), {cores} the processor's cores, {jobs} how many small networks train at
-once, {cifar} and {flowers} the data, prepared. `small` is tried in its place on a CPU, where no number of it is worth anything.
+In a command {device} is the machine's name (h100), {cores} the processor's cores, {jobs} how many small networks train at
+once, {measured} what `compare.py` wrote, {cifar} and {flowers} the data, prepared. On a CPU `small` is tried in its place, where
+no number is worth anything.
 """
 
 import dataclasses
@@ -13,9 +14,7 @@ CIFAR = "--config.data.source=npz:{cifar}"
 COMPARE = f"{SPEED}/compare.py --out=experiments/speed/results/gpu_{{device}}.json "
 COMPARE_SMALL = f"{COMPARE} --rounds=1 --seconds=0.05 --batch=2 --models=lenet5"
 COMPARE += "--rounds=3 --seconds=0.7 --batch=128 --start-timeout=400"
-CANDIDATES = f"{SPEED}/candidates.py --rounds=3 --seconds=0.7 --batch=96 --out=experiments/speed/results/candidates_{{device}}_"
-CANDIDATES_SMALL = f"{SPEED}/candidates.py --rounds=1 --seconds=0.05 --batch=2 --resolution=32 --models=lenet5 "
-CANDIDATES_SMALL += "--out=experiments/speed/results/candidates_{device}_"
+CANDIDATES = f"{SPEED}/candidates.py --out=experiments/speed/results/candidates_{{device}}.json "
 FIRST = "resnet50,efficientnet_b0,mobilenet_v2,mobilenet_v3_large"
 OTHERS = "alexnet,vgg16,googlenet,mobilenet_v1,lenet5"
 SPEED_RESULTS = tuple(
@@ -42,11 +41,6 @@ class Step:
     after: tuple[str, ...] = ()  # steps that have to be done
     file: str = ""  # that has to exist in the repository
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-def candidates(label: str, what: str, only: str, seconds: int = 200) -> Step:
-    command, small = (f"{base}{label}.json --only='{only}'" for base in (CANDIDATES, CANDIDATES_SMALL))
-    return Step(label, "2", what, command, small, seconds=seconds, results=SPEED_RESULTS)
 
 
 def sweep(label: str, item: str, what: str, study: str, form: str, small: str, source: str = CIFAR, **fields) -> Step:
@@ -103,8 +97,8 @@ STEPS = [
         "profile",
         "2",
         "where the time goes in the three furthest behind torch",
-        f"{SPEED}/furthest.py experiments/speed/results/gpu_{{device}}.json",
-        f"{SPEED}/furthest.py experiments/speed/results/gpu_{{device}}.json --seconds=0.1",
+        f"{SPEED}/furthest.py {{measured}}",
+        f"{SPEED}/furthest.py {{measured}} --seconds=0.1",
         after=("speed",),
         results=SPEED_RESULTS,
     ),
@@ -117,10 +111,16 @@ STEPS = [
         least=150,
         results=SPEED_RESULTS,
     ),
-    candidates("depthwise", "candidates: forms of the depthwise convolution", "shifted,pallas"),
-    candidates("norms", "candidates: batch norm in one pass, a stem of four channels", "one pass,padded stem"),
-    candidates("remat", "candidates: what the backward pass computes anew", "recompute,recompute norms,recompute all"),
-    candidates("flags", "candidates: flags of XLA, several steps in a call", "four steps,graphs,conv fusion"),
+    Step(
+        "candidates",
+        "2",
+        "forms of depthwise convolutions, batch norm and the stem, what is computed anew, flags, in bfloat16",
+        f"{CANDIDATES} --rounds=3 --seconds=0.7 --batch=96 --start-timeout=200",  # eleven processes in 80 GB
+        f"{CANDIDATES} --rounds=1 --seconds=0.05 --batch=2 --resolution=32 --models=lenet5",
+        seconds=300,
+        least=150,
+        results=SPEED_RESULTS,
+    ),
     Step(
         "depth-time",
         "3",
@@ -195,8 +195,8 @@ STEPS = [
         "profile-rest",
         "2, whole",
         "where the time goes in the three furthest behind torch of all",
-        f"{SPEED}/furthest.py experiments/speed/results/gpu_{{device}}.json",
-        f"{SPEED}/furthest.py experiments/speed/results/gpu_{{device}}.json --seconds=0.1",
+        f"{SPEED}/furthest.py {{measured}}",
+        f"{SPEED}/furthest.py {{measured}} --seconds=0.1",
         after=("speed-rest",),
         results=SPEED_RESULTS,
     ),
