@@ -1,8 +1,8 @@
 """What is measured on a GPU, a row a step, in the order of its worth: first what takes minutes, then what takes long.
 
 In a command {device} is the machine's name (h100), {cores} the processor's cores, {jobs} how many small networks train at
-once, {measured} what `compare.py` wrote, {cifar} and {flowers} the data. On a CPU `small` is tried in its place, where no number
-is worth anything.
+once, {measured} what `compare.py` wrote, {cifar} and {flowers} the data. On a CPU `small` is tried in its place: no number of
+it is worth anything.
 """
 
 import dataclasses
