@@ -136,25 +136,28 @@ class Driver:
     def archive(self, name: str) -> Path | None:
         return next(iter(sorted(self.data.rglob(DATA[name][0]))), None) if self.data.is_dir() else None
 
-    def prepare(self, name: str, log: Path) -> int:
-        """Makes the data of a name; a status that is not 0 if that fails."""
+    def prepare(self, name: str, log: Path) -> tuple[int, bool]:
+        """Makes the data of a name, if they are not there; as `execute`."""
         _, target, command = DATA[name]
         target = self.tree / WORK / target
         if target.exists():
-            return 0
+            return 0, False
         partial = target.with_name(f"partial-{target.name}")
         words = {"archive": shlex.quote(str(self.archive(name))), "target": shlex.quote(str(partial))}
-        code, _ = self.execute(command.format(**words), log, {}, limit=self.left(), grace=1)
+        code, asked = self.execute(command.format(**words), log, {}, limit=self.left(), grace=1)
         if not code:
             os.replace(partial, target)
-        return code
+        return code, asked
 
     def run_step(self, step: Step, limit: float) -> None:
         """Runs a step for as long as it may, and writes down what became of it."""
         log = self.tree / WORK / "logs" / f"{step.label}.log"
         print(f"{step.label}: {step.what}, for {limit:.0f} s at most", flush=True)
         start = time.monotonic()
-        code, asked = next(((code, False) for code in (self.prepare(name, log) for name in step.needs) if code), (0, False))
+        code, asked = 0, False
+        for name in step.needs:
+            if not code:
+                code, asked = self.prepare(name, log)
         if not code:
             limit -= time.monotonic() - start
             code, asked = self.execute(self.command(step), log, step.environment, limit=limit, grace=step.grace)
