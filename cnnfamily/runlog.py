@@ -156,7 +156,7 @@ def _commit() -> str:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
         done = subprocess.run(command, cwd=configs.REPOSITORY, capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.strip()
-    return ""
+    return os.environ.get("CNNFAMILY_COMMIT", "")  # of a copy without its history, who copied it knows
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

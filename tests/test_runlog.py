@@ -91,3 +91,11 @@ def test_a_picture_that_fails_does_not_hide_why_the_run_ends(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("warning: the curves are not drawn: ")
     with pytest.raises(disk.DiskError), runlog.Curves(tmp_path) as curves:
         curves.changed()
+
+
+def test_a_copy_without_its_history_is_of_the_commit_that_it_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(runlog.configs, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("CNNFAMILY_COMMIT", "abc")
+    assert runlog._commit() == "abc"
+    monkeypatch.delenv("CNNFAMILY_COMMIT")
+    assert runlog._commit() == ""

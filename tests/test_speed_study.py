@@ -15,6 +15,7 @@ from cnnfamily.models import googlenet
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments" / "speed"))
 import compare
+import determinism
 import plain
 import side
 
@@ -198,3 +199,91 @@ def test_results_name_no_folders():
     assert command == (
         "python experiments/speed/compare.py --models=lenet5 --out=x.json --out=results/y.json --torch-python python"
     )
+
+
+def test_peak_memory_stands_beside_torchs_where_a_device_counts_it():
+    assert side.peak_bytes("ours") == {}, "a CPU counts none"
+    assert "GiB" not in compare.table(STUDY)
+    sides = cells(ours=[10], eager=[8], compile=[9])
+    for name, peak in {"ours": 3, "eager": 4, "compile": 2}.items():
+        sides[name]["peak_bytes"] = peak * 2**30
+    rows = [row_of("resnet50", "float32", "train", sides), row_of("resnet50", "bfloat16", "train", cells(ours=[20]))]
+    head, _, line = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in compare.table(STUDY | {"rows": rows}).splitlines()
+        if line[:1] == "|"
+    )
+    line = dict(zip(head, line, strict=True))
+    assert line["ours float32"] == "10.0 (10.0 to 10.0), 3.00 GiB"
+    assert line["ours bfloat16"] == "20.0 (20.0 to 20.0)"
+    assert (line["peak memory, ours / torch, float32"], line["peak memory, ours / torch, bfloat16"]) == ("1.50", "")
+
+
+def test_several_networks_get_ready_at_once(monkeypatch, tmp_path):
+    asked = []
+
+    def measure(jobs, pythons, arguments):
+        asked.append([(job["model"], job["side"]) for job in jobs.values()])
+        assert pythons.keys() == jobs.keys()
+        return {name: {"images_per_second": [len(job["model"])], "steps": 1} for name, job in jobs.items()}
+
+    monkeypatch.setattr(compare, "measure", measure)
+    monkeypatch.setattr(compare, "describe", lambda *_: {"machine": STUDY["machine"], "versions": {"jax": "0.10.2"}})
+    given = ["compare.py", "--models=lenet5,vgg16,resnet50", "--dtypes=float32", "--modes=train", "--sides=ours,eager"]
+    monkeypatch.setattr(sys, "argv", [*given, "--together=2", f"--out={tmp_path / 'x.json'}"])
+    compare.main()
+    ours_and_eager = [[(name, "ours"), (name, "eager")] for name in ("lenet5", "vgg16", "resnet50")]
+    assert asked == [ours_and_eager[0] + ours_and_eager[1], ours_and_eager[2]]
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert {row["model"]: row["sides"]["eager"]["images_per_second"] for row in rows} == {
+        "lenet5": [6],
+        "vgg16": [5],
+        "resnet50": [8],
+    }
+    compare.main()
+    assert len(asked) == 2, "nothing is measured twice"
+
+
+def test_two_runs_are_held_together_bit_by_bit(monkeypatch, tmp_path):
+    script = """
+import json, os, sys
+job, steps = json.loads(sys.argv[1]), 0
+flags = os.environ["XLA_FLAGS"]
+if "exclude" in flags: sys.exit("Unknown flag")
+print(json.dumps({"ready": 0.1}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    steps += asked["steps"]
+    digest = f"after {steps} steps, {'the same' if 'deterministic_ops' in flags else os.getpid()}"
+    print(json.dumps({"seconds": asked["steps"] * (0.2 if "ops" in flags else 0.1), "loss": 1.0, "digest": digest}), flush=True)
+"""
+    (tmp_path / "side.py").write_text(script)
+    monkeypatch.setattr(compare, "HERE", tmp_path)
+    job = {"model": "lenet5", "dtype": "float32", "mode": "train", "batch": 4, "resolution": 32}
+    arguments = argparse.Namespace(start_timeout=60, rounds=2, steps=3)
+    found = determinism.measure(job, list(determinism.FLAGS), arguments)
+    assert {form: cell.get("same_bits") for form, cell in found.items()} == {
+        "as it is": False,
+        "deterministic": True,
+        "no nondeterministic": None,
+    }
+    assert found["deterministic"]["digests"] == ["after 7 steps, t"] * 2
+    row = job | {"rounds": 2, "steps": 3, "commit": "abc", "forms": found}
+    text = determinism.table({"machine": STUDY["machine"], "versions": STUDY["versions"], "rows": [row]})
+    assert "| lenet5 | float32 | 4 x 32 | as it is | no | 100.0 (100.0 to 100.0) | 1.00 (1.00 to 1.00) |  |" in text
+    assert "| lenet5 | float32 | 4 x 32 | deterministic | yes | 200.0 (200.0 to 200.0) | 2.00 (2.00 to 2.00) |  |" in text
+    assert "failed: ended with status 1; Unknown flag" in text
+
+
+def test_the_state_is_the_same_to_the_bit_in_equal_runs(monkeypatch):
+    def digest_of(seed: int) -> str:
+        answers = []
+        monkeypatch.setattr(sys, "stdin", io.StringIO('{"steps": 1}\n{"steps": 2, "digest": true}\n'))
+        monkeypatch.setattr(side.np.random, "default_rng", lambda _: np.random.Generator(np.random.PCG64(seed)))
+        job = {"side": "ours", "model": "lenet5", "dtype": "float32", "mode": "train", "batch": 2, "resolution": 32}
+        side.run(argparse.Namespace(**job), answers.append)
+        assert "digest" not in answers[1]
+        return answers[2]["digest"]
+
+    with jax.numpy_dtype_promotion("standard"):
+        assert digest_of(0) == digest_of(0) != digest_of(1)

@@ -3,6 +3,8 @@
     python -m cnnfamily.sweep --sweep=experiments/scaling/sweep.py           # the digits, small networks, two CPU cores
     python -m cnnfamily.sweep --sweep=experiments/scaling/sweep.py:cifar10 --config.data.source=npz:FILE   # on a GPU
 
+`:cifar10_short` has a third of the epochs and one seed.
+
 Coefficients are solved for, from exact counts: those printed in EfficientNet's Table 7 miss its own budget by 13 to 20 %.
 """
 
@@ -14,7 +16,10 @@ from cnnfamily.models import create_model
 from cnnfamily.summary import summarize
 
 BASE = {name: f"experiments/scaling/config.py:{name}" for name in ("digits", "cifar10", "photographs")}
-SIDE = {"cifar10": 32, "photographs": 128}
+BASE |= dict.fromkeys(("cifar10_short", "cifar10_smoke"), BASE["cifar10"])
+SIDE = {"cifar10": 32, "cifar10_short": 32, "cifar10_smoke": 32, "photographs": 128}
+# Of the short forms: one seed, 10 epochs in place of 30; and two settings of one network to try that it runs.
+SHORT = {"cifar10_short": {"total_epochs": 10.0}, "cifar10_smoke": {"total_epochs": 1.0, "optim.warmup_epochs": 0.5}}
 # What each is scaled from on the digits: width, depth and side. At 32 pixels three of them have maps of one pixel at the end.
 SMALL = {
     "efficientnet_b0": (0.35, 0.5, 48),
@@ -54,10 +59,14 @@ def scaled(network: str, width: float, depth: float, side: int, high: float) -> 
 
 
 def sweep(name: str):
+    if name == "cifar10_smoke":
+        for width in (0.25, 0.5):
+            yield {"model.name": "resnet20_cifar", "model.width": width, "data.resolution": 32, **SHORT[name]}
+        return
     for network, small in SMALL.items():
         # Of a small network with blocks that are nearly free it may take many; 16 times a whole one take minutes to count.
         base, high = (small, 16.0) if name == "digits" else ((1.0, 1.0, SIDE[name]), 4.0)
         for width, depth, side in (base, *scaled(network, *base, high).values()):
-            for seed in range(3):
+            for seed in range(1 if name in SHORT else 3):
                 fields = {"model.name": network, "model.width": round(width, 4), "model.depth": round(depth, 4)}
-                yield {**fields, "data.resolution": side, "seed": seed}
+                yield {**fields, "data.resolution": side, "seed": seed, **SHORT.get(name, {})}

@@ -6,6 +6,8 @@ of the same minutes. A network that the file has is not measured again. On a CPU
 
   as it is          the product's step
   recompute         norms and activations anew in the backward pass (`step.Objective`)
+  recompute norms   batch statistics too
+  recompute all     everything anew, the convolutions too
   shifted           depthwise convolutions as shifted products, which is what runs on a CPU, in place of cuDNN's
   pallas            depthwise convolutions and, with stride 1, their images' gradient as one kernel (`pallas_depthwise.py`)
   one pass          batch statistics as E[x^2] - E[x]^2, which loses digits: what it gains at most
@@ -31,6 +33,8 @@ BUFFERS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONVOLU
 CANDIDATES = {
     "as it is": {},
     "recompute": {"recompute": True},
+    "recompute norms": {"recompute": True, "candidate": "recompute norms"},
+    "recompute all": {"recompute": True, "candidate": "recompute all"},
     "shifted": {"candidate": "shifted"},
     "pallas": {"candidate": "pallas"},
     "one pass": {"candidate": "one pass"},
@@ -93,11 +97,31 @@ def pad_the_stem(backend: str) -> str | None:
     convolution._plain_output = padded
 
 
+def keep_convolutions_alone(backend: str) -> str | None:
+    from cnnfamily.models import convolution
+
+    _keep(lambda policies: policies.save_only_these_names(convolution.KEPT))
+
+
+def keep_nothing(backend: str) -> str | None:
+    _keep(lambda policies: policies.nothing_saveable)
+
+
+def _keep(choose: Callable) -> None:
+    """Another policy in the place of the step's, which asks for one by the names that it keeps."""
+    import jax
+
+    policy = choose(jax.checkpoint_policies)
+    jax.checkpoint_policies.save_only_these_names = lambda *names: policy
+
+
 CHANGES: dict[str, Callable[[str], str | None]] = {  # each gives the reason why there is nothing to measure, if so
     "shifted": shift_depthwise,
     "pallas": depthwise_in_pallas,
     "one pass": take_moments_in_one_pass,
     "padded stem": pad_the_stem,
+    "recompute norms": keep_convolutions_alone,
+    "recompute all": keep_nothing,
 }
 
 

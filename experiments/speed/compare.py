@@ -94,9 +94,9 @@ class Worker:
             raise Gone(answer)
         return answer
 
-    def burst(self, steps: int, timeout: float) -> dict:
+    def burst(self, steps: int, timeout: float, **asked) -> dict:
         with contextlib.suppress(BrokenPipeError):  # the answer then says how it ended
-            print(json.dumps({"steps": steps}), file=self.process.stdin, flush=True)
+            print(json.dumps({"steps": steps, **asked}), file=self.process.stdin, flush=True)
         return self.answer(timeout)
 
     def stop(self) -> None:
@@ -123,8 +123,8 @@ def steps_for(worker: Worker, seconds: float, timeout: float) -> int:
         steps = min(10 * steps, max(steps + 1, round(steps * seconds / took)))
 
 
-def measure(jobs: dict[str, dict], pythons: dict[str, str], arguments: argparse.Namespace) -> dict[str, dict]:
-    """A cell for each side: images/s of each round, or why there are none."""
+def measure(jobs: dict, pythons: dict, arguments: argparse.Namespace) -> dict:
+    """A cell for each job, under the same name: images/s of each round, or why there are none."""
     with contextlib.ExitStack() as stack:
         workers = {}
         for side, job in jobs.items():
@@ -133,11 +133,11 @@ def measure(jobs: dict[str, dict], pythons: dict[str, str], arguments: argparse.
         cells = {side: {"images_per_second": []} for side in jobs}
         deadline = time.monotonic() + arguments.start_timeout
 
-        def in_turn() -> Iterator[tuple[str, Worker, dict]]:
+        def in_turn() -> Iterator[tuple[object, Worker, dict]]:
             for side in [side for side in jobs if side in workers]:
                 yield side, workers[side], cells[side]
 
-        def give_up(side: str, gone: Gone) -> None:
+        def give_up(side: object, gone: Gone) -> None:
             workers.pop(side).stop()
             cells[side] = gone.cell
 
@@ -164,6 +164,7 @@ def measure(jobs: dict[str, dict], pythons: dict[str, str], arguments: argparse.
                 rate = cell["steps"] * jobs[side]["batch"] / answer["seconds"]
                 cell["images_per_second"].append(round(rate, 3))
                 cell["loss"] = answer["loss"]
+                cell |= {"peak_bytes": answer["peak_bytes"]} if "peak_bytes" in answer else {}
     return cells
 
 
@@ -218,10 +219,10 @@ def sides_to_measure(rows: list[dict], job: dict, sides: list[str], rounds: int)
 
 
 def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    command, found = ["git", "describe", "--always", "--dirty", "--abbrev=12"], ""
     with contextlib.suppress(OSError):  # no git
-        return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip() or "unknown"
-    return "unknown"
+        found = subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    return found or os.environ.get("CNNFAMILY_COMMIT", "unknown")  # of a copy without its history, who copied it knows
 
 
 def command_line(arguments: list[str]) -> str:
@@ -244,7 +245,8 @@ def rate(cell: dict | None) -> str:
         return f"failed: {cell['failed']}".replace("|", "/")
     values, digits = cell["images_per_second"], 1 if statistics.median(cell["images_per_second"]) < 100 else 0
     middle, low, high = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
-    return f"{middle} ({low} to {high})" + (" loss not finite" if cell.get("loss") == "not finite" else "")
+    memory = f", {cell['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in cell else ""
+    return f"{middle} ({low} to {high}){memory}" + (" loss not finite" if cell.get("loss") == "not finite" else "")
 
 
 def best(rows: dict[str, dict], sides: tuple[str, ...], dtypes: list[str]) -> float:
@@ -255,6 +257,12 @@ def best(rows: dict[str, dict], sides: tuple[str, ...], dtypes: list[str]) -> fl
 
 def ratio(above: float, below: float) -> str:
     return f"{above / below:.2f}" if above and below else ""
+
+
+def peak_ratio(row: dict | None) -> str:
+    """Our peak of memory over the smaller one of torch's."""
+    peaks = {side: cell["peak_bytes"] for side, cell in (row or {}).get("sides", {}).items() if "peak_bytes" in cell}
+    return ratio(peaks.get("ours", 0), min((peaks[side] for side in SIDES[2:] if side in peaks), default=0))
 
 
 def in_pairs(row: dict | None) -> str:
@@ -274,12 +282,15 @@ def table(study: dict) -> str:
     rounds = sorted({row["rounds"] for row in rows})
     columns = ["network", "batch x pixels", "mode", *(f"{side} {dtype}" for dtype in dtypes for side in sides)]
     columns += ["ours / torch float32", "ours / torch", *(f"ours / plain, {dtype}" for dtype in dtypes)]
+    counted = any("peak_bytes" in cell for row in rows for cell in row["sides"].values())
+    columns += [f"peak memory, ours / torch, {dtype}" for dtype in dtypes if counted]
     torch, lines = SIDES[2:], []
     for (model, batch, resolution, mode), of in groups.items():
         cells = [rate(of[dtype]["sides"].get(side) if dtype in of else None) for dtype in dtypes for side in sides]
         ours = best(of, ("ours",), dtypes)
         ratios = [ratio(ours, best(of, torch, ["float32"])), ratio(ours, best(of, torch, dtypes))]
-        lines.append([model, f"{batch} x {resolution}", mode, *cells, *ratios, *(in_pairs(of.get(dtype)) for dtype in dtypes)])
+        ratios += [in_pairs(of.get(dtype)) for dtype in dtypes] + [peak_ratio(of.get(dtype)) for dtype in dtypes if counted]
+        lines.append([model, f"{batch} x {resolution}", mode, *cells, *ratios])
     machine, versions = study["machine"], ", ".join(f"{name} {version}" for name, version in study["versions"].items())
     text = [
         *(f"`{command}`" for command in study["commands"]),
@@ -287,7 +298,10 @@ def table(study: dict) -> str:
         f"cnnfamily {', '.join(dict.fromkeys(row['commit'] for row in rows))}.",
         f"\nImages/s, medians (smallest to largest) of n = {' or '.join(map(str, rounds))} bursts, the sides in turn. "
         "ours / torch: our fastest dtype over the fastest of torch, eager or compiled, in float32 and in any dtype. "
-        "ours / plain: by rounds.\n",
+        "ours / plain: by rounds."
+        + " GiB: the allocator's peak since its process began, with what choosing algorithms needs."
+        * counted,
+        "",
         *(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *lines]),
     ]
     return "\n".join(text) + "\n"
@@ -313,17 +327,21 @@ def run(arguments: argparse.Namespace) -> None:
     study = load(path, where)
     if (command := command_line(sys.argv[1:])) not in study["commands"]:
         study["commands"].append(command)
-    for job in jobs_of(arguments, arguments.models or MODELS + ["efficientnet_b4"] * gpu):
-        sides = sides_to_measure(study["rows"], job, arguments.sides, arguments.rounds)
-        if not sides:
-            continue
-        cells = measure({side: job | {"side": side} for side in sides}, pythons, arguments)
-        study["rows"] = [row for row in study["rows"] if any(row[key] != job[key] for key in KEY)]
-        study["rows"].append(job | {"rounds": arguments.rounds, "commit": commit(), "sides": cells})
+    jobs = list(jobs_of(arguments, arguments.models or MODELS + ["efficientnet_b4"] * gpu))
+    wanted = [(job, sides_to_measure(study["rows"], job, arguments.sides, arguments.rounds)) for job in jobs]
+    wanted = [(job, sides) for job, sides in wanted if sides]
+    for first in range(0, len(wanted), arguments.together):
+        group = wanted[first : first + arguments.together]
+        of_all = {(i, side): job | {"side": side} for i, (job, sides) in enumerate(group) for side in sides}
+        found = measure(of_all, {(i, side): pythons[side] for i, side in of_all}, arguments)
+        for i, (job, sides) in enumerate(group):
+            cells = {side: found[i, side] for side in sides}
+            study["rows"] = [row for row in study["rows"] if any(row[key] != job[key] for key in KEY)]
+            study["rows"].append(job | {"rounds": arguments.rounds, "commit": commit(), "sides": cells})
+            shown = "; ".join(f"{side} {rate(cell)}" for side, cell in cells.items())
+            print(f"{job['model']} {job['dtype']} {job['mode']}: {shown}", flush=True)
         disk.write_whole(path, json.dumps(study, indent=1) + "\n")
         disk.write_whole(path.with_suffix(".md"), table(study))
-        shown = "; ".join(f"{side} {rate(cell)}" for side, cell in cells.items())
-        print(f"{job['model']} {job['dtype']} {job['mode']}: {shown}", flush=True)
 
 
 def main() -> None:
@@ -334,6 +352,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--resolution", type=int, default=0, help="0: 224, of efficientnet_b4 380; lenet5 always has 32")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--together", type=int, default=1, help="networks and dtypes that get ready at once; all have to fit")
     parser.add_argument("--seconds", type=float, default=1.5, help="of a burst, about")
     parser.add_argument("--start-timeout", type=float, default=240.0, help="seconds to compile, and for a burst")
     parser.add_argument("--torch-python", default=sys.executable, help="where torch lies in an environment without JAX")

@@ -3,10 +3,13 @@
 Each is changed alone, from a base that all four share; every program is measured by itself, and the base again at the beginning
 of each line, which shows how steady the machine was. Writes `scale_DEVICE.json`, which the same command goes on with after a
 stop, a table, and one plot: multiply-adds a second against multiply-adds of a step.
+
+On a GPU, or with `--largest-batch=N`, the batch goes on doubling until memory is full (or N), and the file says where it ended.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import os
 from pathlib import Path
@@ -40,11 +43,22 @@ def measure(point: dict, mode: str, seconds: float) -> dict:
     return {"macs": macs, "seconds": [middle, low, high], "steps": len(times), "temporary_bytes": held.temp_size_in_bytes}
 
 
+def values_of(line: str, smallest_batch: int, largest_batch: int) -> tuple[float, ...]:
+    """Those of the table; the batch goes on doubling, to `largest_batch` at most."""
+    if line != "batch":
+        return LINES[line]
+    doubled = (2 * LINES["batch"][-1] << i for i in itertools.count())
+    found = itertools.takewhile(lambda batch: batch <= largest_batch, itertools.chain(LINES["batch"], doubled))
+    return tuple(batch for batch in found if batch >= smallest_batch)
+
+
 def draw(study: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5))
     labels = {"batch": (4, -10), "resolution": (4, -10), "width": (-4, 7), "depth": (-6, 9)}  # the lines cross at the base
     for line, marker in zip(LINES, "osD^", strict=True):
         rows = [row for row in study["rows"] if row["line"] == line]
+        if not rows:
+            continue
         macs = [row["macs"] / 1e9 for row in rows]
         middle, low, high = (np.array([row["macs"] / row["seconds"][i] / 1e9 for row in rows]) for i in (0, 2, 1))
         bars = axes.errorbar(macs, middle, (middle - low, high - middle), marker=marker, capsize=2, label=line)
@@ -69,10 +83,13 @@ def table(study: dict) -> str:
     lines.append("|---|---|---|---|---|---|---|")
     for row in study["rows"]:
         middle, low, high = (1e3 * seconds for seconds in row["seconds"])
-        lines.append(
-            f"| {row['line']} | {row[row['line']]:g} | {row['macs'] / 1e9:.2f} | {middle:,.0f} ({low:,.0f} to {high:,.0f}) "
-            f"| {1e3 * row['batch'] / middle:.1f} | {row['macs'] / middle / 1e6:.1f} | {row['temporary_bytes'] / 2**20:,.0f} |"
-        )
+        digits = 0 if middle >= 20 else 2  # a GPU's steps take a few
+        times = f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+        rates = f"{1e3 * row['batch'] / middle:,.1f} | {row['macs'] / middle / 1e6:,.1f}"
+        cells = [row["line"], f"{row[row['line']]:g}", f"{row['macs'] / 1e9:.2f}", times, rates]
+        lines.append(f"| {' | '.join(cells)} | {row['temporary_bytes'] / 2**20:,.0f} |")
+    if "batch_ended" in study:
+        lines.append("\nThe batch ended before {batch:,}: {why}".format(**study["batch_ended"]))
     return "\n".join(lines)
 
 
@@ -84,28 +101,38 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--mode", default="train", choices=benchmark.MODES)
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing for each program")
-    parser.add_argument("--out", type=Path, help="the JSON file; the plot stands beside it")
+    parser.add_argument("--lines", default=list(LINES), type=lambda text: compare.listed(text, tuple(LINES)))
+    parser.add_argument("--smallest-batch", type=int, default=1)
+    parser.add_argument("--largest-batch", type=int, help="default: 256 on a CPU, any on a GPU")
+    parser.add_argument("--out", type=Path, help="the JSON file; table and plot stand beside it")
     arguments = parser.parse_args()
     base = {"model": arguments.model, "batch": arguments.batch, "resolution": arguments.resolution}
     base |= {"width": 1.0, "depth": 1.0, "dtype": arguments.dtype}
     kind = jax.local_devices()[0].device_kind
     where = {"processor": compare.processor() if kind == "cpu" else kind, "cores": os.cpu_count()}
+    largest = arguments.largest_batch or (256 if jax.default_backend() == "cpu" else 2**20)
     study = {"base": base, "mode": arguments.mode, "machine": where, "versions": {"jax": jax.__version__}, "rows": []}
     path = arguments.out or compare.HERE / "results" / f"scale_{kind.replace(' ', '_').lower()}.json"
     if path.exists():
         old = json.loads(path.read_text())
-        if {**old, "rows": []} != study:
+        if {key: old[key] for key in study} | {"rows": []} != study:
             raise SystemExit(f"{path.name} is of another base, machine or version: take another --out")
         study = old
-    for line, values in LINES.items():
-        for value in values:
-            if any(row["line"] == line and row[line] == value for row in study["rows"]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for line in arguments.lines:
+        for value in values_of(line, arguments.smallest_batch, largest):
+            ended = line == "batch" and value >= study.get("batch_ended", {"batch": value + 1})["batch"]
+            if ended or any(row["line"] == line and row[line] == value for row in study["rows"]):
                 continue
             point = {**base, line: value}
             try:
                 row = {"line": line, **point, **measure(point, arguments.mode, arguments.seconds)}
             except jax.errors.JaxRuntimeError as error:  # out of memory
-                print(f"{line} {value:g}: {str(error).splitlines()[0][:120]}", flush=True)
+                why = str(error).splitlines()[0][:120]
+                print(f"{line} {value:g}: {why}", flush=True)
+                if line == "batch":
+                    study["batch_ended"] = {"batch": value, "why": why}
+                    disk.write_whole(path, json.dumps(study, indent=1))
                 continue
             study["rows"].append(row)
             disk.write_whole(path, json.dumps(study, indent=1))
@@ -113,7 +140,9 @@ def main() -> None:
             jax.clear_caches()
             gc.collect()
     draw(study, path.with_suffix(".png"))
-    print(f"\n{title(study)}; JAX {study['versions']['jax']}; medians (smallest to largest)\n\n{table(study)}")
+    text = f"{title(study)}; JAX {study['versions']['jax']}; medians (smallest to largest)\n\n{table(study)}\n"
+    disk.write_whole(path.with_suffix(".md"), text)
+    print(f"\n{text}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """One side of the comparison of speeds, in a process of its own: `compare.py` starts it, asks it, and says what is compared.
 
 `python experiments/speed/side.py JOB`, a JSON object. Writes one JSON line when ready, then answers each line `{"steps": n}`
-with the seconds that n steps took and the last loss; between two lines it does nothing. With the job `{"side": ...,
-"describe": true}` it tells device and versions.
+with the seconds that n steps took, the last loss and, where the device counts it, the peak of its memory since the process
+began; between two lines it does nothing. To `{"steps": n, "digest": true}` ours also tells the digest of its state. With the
+job `{"side": ..., "describe": true}` it tells device and versions.
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -114,7 +116,14 @@ def ours_training(job: Namespace, network, variables, images, labels) -> Burst:
         jax.block_until_ready(state)
         return float(metrics["loss"])
 
+    def digest() -> str:
+        found = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(state)):
+            found.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+        return found.hexdigest()
+
     burst.temporary_bytes = getattr(update.memory_analysis(), "temp_size_in_bytes", None)
+    burst.digest = digest
     return burst
 
 
@@ -300,6 +309,19 @@ def folded_in_torch(model, images):
 # The process
 
 
+def peak_bytes(side: str) -> dict[str, int]:
+    """The most of the device's memory that the process has held at once, by the allocator's own count; {} on a CPU."""
+    if side in ("ours", "plain"):
+        import jax
+
+        found = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    else:
+        import torch
+
+        found = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {} if found is None else {"peak_bytes": found}
+
+
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -337,9 +359,12 @@ def answer(job: Namespace, say: Callable[[dict], None]) -> None:
         # Not timed: after a pause the pages that a step had freed cost more to fault in again. MobileNetV2's first step after
         # 3 seconds had half the images/s of the next, and nearly as many where the C library keeps what is freed.
         burst(1)
+        asked = json.loads(line)
         start = time.perf_counter()
-        loss = burst(json.loads(line)["steps"])
-        say({"seconds": time.perf_counter() - start, "loss": loss if math.isfinite(loss) else "not finite"})
+        loss = burst(asked["steps"])
+        found = {"seconds": time.perf_counter() - start, "loss": loss if math.isfinite(loss) else "not finite"}
+        found |= {"digest": burst.digest()} if asked.get("digest") else {}
+        say(found | peak_bytes(job.side))
 
 
 def run(job: Namespace, say: Callable[[dict], None]) -> None:
