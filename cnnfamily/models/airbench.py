@@ -54,8 +54,9 @@ def whitening_kernel(images: np.ndarray) -> np.ndarray:
 class Whitening(nn.Module):
     """A 2x2 convolution, without padding, of a trained bias and a kernel that lies among the batch statistics.
 
-    There checkpoints and averages hold it, and optimizer and weight decay pass it by. Until `Airbench.start_from` it takes each
-    number of a patch for itself, which whitens white noise.
+    There checkpoints and averages hold it, and optimizer and weight decay pass it by. As all statistics it is averaged over the
+    devices, of which more than two may round its last bit. Until `Airbench.start_from` it takes each number of a patch for
+    itself, which whitens white noise.
     """
 
     dtype: str
