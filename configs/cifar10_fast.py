@@ -24,6 +24,8 @@ def get_config(arg: str = "") -> ConfigDict:
                 "learning_rate": 0.24,
                 "momentum": 0.6,
                 "beta2": 0.95,
+                "adam_factor": 0.3,
+                "weight_decay": 0.1,
                 "schedule": "linear",
             },
             "evaluate": {"every_epochs": 8.0, "batch_size": 2000, "crops": 2},

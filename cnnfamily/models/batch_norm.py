@@ -52,9 +52,10 @@ class BatchNorm(nn.Module):
     def __call__(self, x: Array, activation: Callable[[Array], Array] = lambda x: x) -> Array:
         """`activation` of the normalised x, `[batch, height, width, channels]`; elementwise."""
         parameter_dtype, shape = parameter_dtype_of(self.dtype), (x.shape[-1],)
-        scale = jnp.ones(shape, parameter_dtype)
         if self.scale_init:
             scale = parameter(self, "scale", self.scale_init, shape, parameter_dtype)
+        else:
+            scale = jnp.ones(shape, parameter_dtype)
         bias = parameter(self, "bias", initializers.zeros, shape, parameter_dtype)
         running_mean = self.variable("batch_stats", "mean", np.zeros, shape, parameter_dtype)
         running_var = self.variable("batch_stats", "var", np.ones, shape, parameter_dtype)
