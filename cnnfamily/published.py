@@ -73,4 +73,5 @@ PUBLISHED = {
     "efficientnet_b5": ("30M", "9.9B", "83.3", "Tan and Le 2019, Table 2"),
     "efficientnet_b6": ("43M", "19B", "84.0", "Tan and Le 2019, Table 2"),
     "efficientnet_b7": ("66M", "37B", "84.4", "Tan and Le 2019, Table 2"),
+    "airbench94": ("-", "-", "94.01", "airbench94_muon.py (6 views)"),
 }

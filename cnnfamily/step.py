@@ -1,8 +1,9 @@
 """The mathematics of one update, and of one batch of an evaluation, written for one device of the mapped axis `data`.
 
 A batch is a dictionary of arrays `[micro-batches, examples, ...]`: `index` (place in the dataset), `position` (place in the
-global batch), and `images` (uint8) and `labels` unless the whole split lies in `store`. Positions follow the global order and a
-micro-batch is a contiguous part of it, so crops, masks and batch-norm groups are those of one device on any number of them.
+global batch), `images` (uint8) and `labels` unless the whole split lies in `store`, and `mirrored` if some images are to be.
+Positions follow the global order and a micro-batch is a contiguous part of it, so crops, masks and batch-norm groups are those
+of one device on any number of them.
 """
 
 import dataclasses
@@ -89,7 +90,10 @@ class Objective:
     def inputs(self, step: jax.Array, micro: dict[str, jax.Array], store: dict[str, jax.Array], dtype: jnp.dtype):
         """What the network gets: images, targets, and the choices that led to them."""
         augment_key = rng.step_key(self.seed, step, rng.AUGMENT)
-        images = self.view(rng.example_keys(augment_key, micro["position"]), take(store, micro, "images"), store)
+        images = take(store, micro, "images")
+        if "mirrored" in micro:
+            images = jnp.where(micro["mirrored"][:, None, None, None], images[:, :, ::-1], images)
+        images = self.view(rng.example_keys(augment_key, micro["position"]), images, store)
         labels = take(store, micro, "labels")
         targets = losses.smooth(labels, self.network.num_classes, self.label_smoothing, dtype)
         choices = {"images": images, "labels": labels}

@@ -67,11 +67,14 @@ def summarize(network: str | nn.Module, *, resolution: int | None = None) -> Sum
     owned = {}
     for path, value in flatten_dict(variables["params"]).items():
         owned.setdefault(path[:-1], {})[path[-1]] = math.prod(value.shape)
+    # A kernel that is measured and not trained is no parameter, but multiplies as others do.
+    stats = flatten_dict(variables.get("batch_stats", {}))
+    measured = {path[:-1]: math.prod(value.shape) for path, value in stats.items() if path[-1] == "kernel"}
     layers = []
     for path, (kind, output) in modules.items():
         if path in owned:
             # Every weight of a kernel is used once at each output position, whatever its groups or its sparsity.
-            macs = math.prod(output[:-1]) * owned[path].get("kernel", 0)
+            macs = math.prod(output[:-1]) * owned[path].get("kernel", measured.get(path, 0))
             layers.append(Layer("/".join(path), kind, output, sum(owned[path].values()), macs))
     total = sum(math.prod(value.shape) for value in jax.tree.leaves(variables["params"]))
     return Summary(name, resolution, total, sum(layer.macs for layer in layers), tuple(layers))

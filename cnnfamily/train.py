@@ -91,7 +91,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             config.optim, total_steps=total_steps, steps_per_epoch=train.steps_per_epoch, batch_size=config.batch_size
         )
         learning_rate = jax.jit(schedule)  # for the log; operation by operation it would compile ten programs
-        network, optimizer, state = fresh_state(config, schedule)
+        network, optimizer, state = fresh_state(config, schedule, None if first_step else data)
         for side in {*train.resolutions} - {feed.resolution_of(config)}:
             models.check_resolution(network, side)
         state = parallel.replicate(state, mesh)

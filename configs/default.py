@@ -26,7 +26,8 @@ IMAGENET = {
 ONE_RESOLUTION = {"train_resolutions": (), "train_boundaries_epochs": ()}
 # `augment` without any change of the images that it could make
 AS_IT_IS = {
-    **{"repeats": 1, "crop_padding": 0, "shift": 0, "flip": False, "policy": "", "jitter": 0.0, "light": 0.0},
+    **{"repeats": 1, "crop_padding": 0, "shift": 0, "flip": False, "flip_alternating": False},
+    **{"policy": "", "jitter": 0.0, "light": 0.0},
     **{"erasing": 0.0, "cutout_side": 0, "mixup": 0.0, "cutmix": 0.0},
 }
 
@@ -78,6 +79,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.augment.crop_padding = 0  # pixels of black on each side before a random crop back to size
     config.augment.shift = 0  # pixels of random shift, filled with the image's edge
     config.augment.flip = False  # left and right, with probability 1/2
+    config.augment.flip_alternating = False  # or in every other epoch, in the first by a coin for each image
     config.augment.policy = ""  # autoaugment, autoaugment_cifar10, randaugment or trivialaugment; "": none
     config.augment.policy_count = 2  # randaugment: operations one after another
     config.augment.policy_magnitude = 9  # randaugment: 0 to 30
@@ -191,6 +193,8 @@ def digits(config: ConfigDict, *, epochs: float) -> None:
             model.hidden = 512
         # Without norms its 4096 units stay: the deviation of 0.01 with which linear layers start is made for as many. Three
         # layers of 512 pass on 1/250 of what they get, and VGG-19 did not begin to learn in 176 steps.
+    if "whitening" in model:
+        model.in_channels = 1  # three equal colours have directions without variance, whose rounding the norms would blow up
     if not model.get("batch_norm", "hidden" not in model):
         config.optim.learning_rate = 5e-4  # without batch norm the other one is too much
 
@@ -221,6 +225,8 @@ def smoke(config: ConfigDict) -> None:
         model.update({"width": 0.25, "stage_sizes": (1, 1)})
     elif "modules" in model:  # GoogLeNet: with its first auxiliary classifier
         model.update({"width": 0.25, "modules": tuple(row for row in model.modules if row[0] == "4a")})
+    elif "whitening" in model:
+        model.width = 0.25
     if "hidden" in model:  # AlexNet and VGG
         model.update({"width": 0.25, "hidden": 256})
     if "hidden" in model and "filters" in model:  # AlexNet: its strides leave nothing of 66 pixels in the form of the paper

@@ -5,9 +5,9 @@
     python -m cnnfamily.train --config=configs/resnet110_stochastic_depth.py:smoke    # a shrunken network, seconds
 
 The paper: 94.75 % with stochastic depth, 93.59 % without (config.model.stochastic_depth=0.0). As there, a block is dropped for
-the whole batch and scaled at test; on GPU and TPU a dropped block costs no time. The other forms are "example" and "subset"
-(config.model.stochastic_depth_form), the second of which saves time on a CPU too. The paper keeps 5,000 images for validation
-to pick the epoch, so that it trains on 45,000; these train on all.
+the whole batch and scaled at test; a dropped block costs no time. The other forms are "example" and "subset"
+(config.model.stochastic_depth_form), the second of which saves time too. The paper keeps 5,000 images for validation to pick
+the epoch, so that it trains on 45,000; these train on all.
 """
 
 from ml_collections import ConfigDict

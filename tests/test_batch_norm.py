@@ -56,6 +56,18 @@ def test_gradients_with_each_activation(x64, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected)
 
 
+def test_without_a_scale_it_is_1_and_no_parameter(x64):
+    x = draw(4, 3, 2, CHANNELS)
+    given = variables()
+    bare = {"params": {"bias": given["params"]["bias"]}, "batch_stats": given["batch_stats"]}
+    ones = given | {"params": given["params"] | {"scale": jnp.ones(CHANNELS)}}
+    for train in (True, False):
+        norm, without = (BatchNorm(train, dtype="float64", **fields) for fields in ({}, {"scale_init": None}))
+        assert without.init(jax.random.key(0), x)["params"].keys() == {"bias"}
+        expected, found = norm.apply(ones, x, mutable=["batch_stats"]), without.apply(bare, x, mutable=["batch_stats"])
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_gradients_of_gradients(x64):
     x, params = draw(2, 2, 2, CHANNELS), variables()["params"]
 

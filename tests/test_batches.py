@@ -1,9 +1,11 @@
 """The choice of images is a pure function of (seed, step), and evaluation sees every example once."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from cnnfamily.data.batches import epoch_order, eval_batches, steps_per_epoch, train_indices
+from cnnfamily.data.batches import epoch_order, eval_batches, mirrored, steps_per_epoch, train_indices
 from cnnfamily.errors import UsageError
 
 
@@ -55,6 +57,20 @@ def test_repeats_stand_far_apart_and_an_epoch_sees_so_many_fewer():
         np.testing.assert_array_equal(index.reshape(4, 2), [epoch_order(2, step // 3, 24)[first : first + 2]] * 4)
     with pytest.raises(UsageError, match=r"augment\.repeats=3; expected a divisor of batch_size=8"):
         train_indices(0, 0, 24, 8, 3)
+
+
+def test_images_are_mirrored_in_every_other_epoch_first_by_a_coin():
+    index = np.random.default_rng(0).permutation(1000)
+    epochs = [mirrored(0, epoch, index, 1000) for epoch in range(4)]
+    for earlier, later in itertools.pairwise(epochs):
+        assert earlier.dtype == np.bool_
+        np.testing.assert_array_equal(later, ~earlier)
+    assert 420 < epochs[0].sum() < 580
+    np.testing.assert_array_equal(mirrored(0, 2, index[::-1][:7], 1000), epochs[0][::-1][:7])  # whatever else is in the batch
+    assert 300 < (mirrored(1, 0, index, 1000) ^ epochs[0]).sum() < 700
+    # A stored run continues with the coins it began with, so a change here breaks every resume.
+    assert np.flatnonzero(mirrored(0, 0, np.arange(10), 10)).tolist() == [0, 1, 2, 6, 7]
+    assert np.flatnonzero(mirrored(3, 1, np.arange(10), 10)).tolist() == [0, 1, 2, 6, 8, 9]
 
 
 def test_a_batch_of_the_whole_set():

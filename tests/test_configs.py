@@ -93,6 +93,17 @@ def test_cifar_resnets_have_the_settings_of_their_paper(layers):
     assert float(rate(200)) == pytest.approx(0.05 if layers == 110 else 0.1)
 
 
+def test_the_fast_recipe_has_the_settings_of_its_code():
+    """airbench94_muon.py: batches of 2000 for 8 epochs, Muon at 0.24 and 0.6, linear to 0, smoothing 0.2, 2 pixels."""
+    config = configs.load_config("configs/cifar10_fast.py")
+    assert (config.model.name, config.model.norm_momentum, config.model.norm_epsilon) == ("airbench94", 0.6, 1e-12)
+    assert (config.batch_size, config.total_epochs, config.label_smoothing, config.evaluate.crops) == (2000, 8.0, 0.2, 2)
+    assert (config.optim.name, config.optim.momentum, config.optim.nesterov) == ("muon", 0.6, True)
+    assert (config.augment.shift, config.augment.flip, config.augment.flip_alternating) == (2, False, True)
+    rate = optim.learning_rate_schedule(config.optim, total_steps=200, steps_per_epoch=25, batch_size=2000)
+    assert [float(rate(step)) for step in (0, 50, 200)] == pytest.approx([0.24, 0.18, 0.0])
+
+
 # Batch, epochs, optimizer, peak rate for so many examples, momentum, decay, and the share of the rate left after some epochs.
 PAPERS = {
     # Krizhevsky et al. 2012, section 5: "reduced three times", "roughly 90 cycles"; the epochs are ours.

@@ -51,6 +51,38 @@ def test_photographs_come_in_the_resolution_of_their_epoch():
         np.testing.assert_array_equal(ours.batch(3)["images"][0, 0], expected)
 
 
+def test_alternating_flips_are_the_same_on_any_number_of_devices_and_from_any_step():
+    fields = {"augment.flip_alternating": True, "batch_size": 400, "accumulate_steps": 2}
+    config = configs.load_config("configs/lenet5_digits.py", fields)
+    digits, seen = feed.load_data(config), {}
+    for devices in (1, 2, 8):
+        for first in (0, 4):  # a resumed run begins with another step
+            with contextlib.closing(feed.TrainFeed(digits, config, mesh_of(devices))) as ours:
+                assert ours.steps_per_epoch == 3
+                for step in range(first, 9):
+                    index, flips = (np.asarray(ours.batch(step)[name]).ravel() for name in ("index", "mirrored"))
+                    for image, flip in zip(index.tolist(), flips.tolist(), strict=True):
+                        assert seen.setdefault((image, step // 3), flip) is flip
+    assert len(seen) == 3 * 1200
+    for (image, epoch), flip in seen.items():
+        assert seen.get((image, epoch + 1), not flip) is not flip
+    with pytest.raises(UsageError, match=r"augment\.flip and augment\.flip_alternating are both True"):
+        config = configs.load_config("configs/lenet5_digits.py", fields | {"augment.flip": True})
+        feed.TrainFeed(digits, config, mesh_of(1))
+
+
+def test_a_sample_is_spread_over_the_training_images_as_an_evaluation_sees_them():
+    digits = feed.load_data(configs.load_config("configs/lenet5_digits.py"))
+    found = feed.sample(digits, 100)
+    expected = (digits.train.images[::15].astype(np.float64) / 255 - digits.mean) / digits.std
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert len(found) == 96
+    assert len(feed.sample(digits)) == 1437
+    with pytest.raises(UsageError, match="expected 'resize' or 'pad'"):
+        feed.sample(data())
+
+
 def test_arrays_are_resized_on_the_device():
     """As Pillow does it, to the grey level that it loses by rounding between rows and columns."""
     config = configs.load_config("configs/lenet5_digits.py", {"data.train_resolutions": (20,), "augment.shift": 0})

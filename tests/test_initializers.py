@@ -60,6 +60,18 @@ def test_uniform(init, shape, bound):
     assert abs(numbers.mean()) < 5 * bound / math.sqrt(3 * n)
 
 
+def test_partial_identity():
+    """A channel each as it is, whatever lies beside it, and the other filters as drawn; with few filters some channels."""
+    draw, key = initializers.normal(1.0), jax.random.key(0)
+    kernel = initializers.partial_identity(draw)(key, (3, 3, 2, 5), np.float32)
+    images = np.random.default_rng(0).normal(size=(1, 4, 4, 2)).astype(np.float32)
+    maps = jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_array_equal(maps[..., :2], images)
+    np.testing.assert_array_equal(kernel[..., 2:], draw(key, (3, 3, 2, 5), np.float32)[..., 2:])
+    few = initializers.partial_identity(draw)(key, (3, 3, 5, 2), np.float32)
+    assert [tuple(place) for place in np.argwhere(few)] == [(1, 1, 0, 0), (1, 1, 1, 1)]
+
+
 def test_a_bound_for_each_column():
     bound = np.array([0.1, 10.0])
     numbers = initializers.symmetric_uniform(jax.random.key(0), (1000, 2), jnp.float32, bound)

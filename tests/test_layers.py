@@ -93,6 +93,12 @@ def test_linear():
     np.testing.assert_array_equal(output, [[41.5, 52, 62.5]])
 
 
+def test_linear_without_bias():
+    output, variables = Linear(3, bias=False).init_with_output(jax.random.key(0), np.ones((1, 2), np.float32))
+    assert variables["params"].keys() == {"kernel"}
+    np.testing.assert_allclose(output[0], variables["params"]["kernel"].sum(axis=0), rtol=1e-6)
+
+
 @pytest.mark.parametrize("layer", [Conv(4, 3, bias=True, dtype="bfloat16"), Linear(4, dtype="bfloat16")])
 def test_parameters_stay_float32(layer):
     output, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 4, 4, 2)))
@@ -365,6 +371,7 @@ def test_choose():
     [
         ("relu", [0, 7]),
         ("relu6", [0, 6]),
+        ("gelu", [-2 * 0.0227501319, 7]),
         ("silu", [-2 / (1 + np.exp(2)), 7 / (1 + np.exp(-7))]),
         ("hard_swish", [-2 * 1 / 6, 7]),
         ("tanh", [np.tanh(-2), np.tanh(7)]),

@@ -90,7 +90,7 @@ def test_build_errors(fields, message):
         ("resnet18", {"block": "bottlenek"}, "unknown block 'bottlenek'; did you mean 'bottleneck'"),
         ("resnet18", {"stride_on": "2x2"}, "unknown stride_on '2x2'"),
         ("resnet18", {"padding": "full"}, "unknown padding 'full'"),
-        ("resnet18", {"activation": "gelu"}, "unknown activation 'gelu'"),
+        ("resnet18", {"activation": "mish"}, "unknown activation 'mish'"),
         ("mobilenet_v1", {"activation": "relu7"}, "unknown activation 'relu7'; did you mean 'relu'"),
         ("mobilenet_v3_small", {"width_rule": "kera"}, "unknown width_rule 'kera'; did you mean 'keras'"),
         ("efficientnet_b0", {"activation": "swish"}, "unknown activation 'swish'"),
@@ -168,6 +168,7 @@ def test_shapes_and_dtypes_at_full_depth(name):
         ("mobilenet_v2", {"depth": 0.1}),
         ("mobilenet_v3_small", {}),
         ("efficientnet_b0", {"depth": 0.1}),
+        ("airbench94", {}),
     ],
 )
 def test_everything_is_float64_if_asked(x64, name, fields):
@@ -265,6 +266,7 @@ SMALL = {
         {"stages": ((3, 16, 24, True, "HS", 2),), "depth": 2.0, "num_classes": 10, "stochastic_depth": 0.2},
     ),
     "efficientnet": ("efficientnet_b0", {"stages": ((1, 8, 1, 1, 3), (6, 8, 2, 2, 5)), "width": 0.5, "num_classes": 10}),
+    "airbench": ("airbench94", {"width": 0.125}),
 }
 BATCH = 8
 

@@ -210,6 +210,22 @@ def test_store_and_sent_images_give_the_same_update(x64):
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
 
 
+def test_mirrored_images_are_turned_before_all_else_on_any_number_of_devices(x64):
+    network, optimizer = OneLayer(), optax.sgd(0.05)
+    state = create_state(initialize(network, jax.random.key(1), resolution=8), optimizer, ema=False)
+    batch = batch_of(0, 1) | {"index": np.arange(BATCH, dtype=np.int32)[None]}
+    flips = np.random.default_rng(0).integers(0, 2, (1, BATCH)).astype(bool)
+    turned = batch | {"images": np.where(flips[..., None, None, None], batch["images"][..., ::-1, :], batch["images"])}
+    seen = []
+    for devices, given in ((1, turned), (1, batch | {"mirrored": flips}), (8, batch | {"mirrored": flips})):
+        mesh = mesh_of(devices)
+        update = update_of(network, mesh, optimizer, record=True)
+        _, metrics = update(parallel.replicate(state, mesh), parallel.place(given, mesh, batch_axis=1), {})
+        seen.append(np.asarray(metrics["choices"]["images"]))
+    np.testing.assert_array_equal(seen[1], seen[0])
+    np.testing.assert_array_equal(seen[2], seen[0])
+
+
 FORMS = ["example", *(pytest.param(form, marks=pytest.mark.full) for form in ("batch", "subset"))]
 
 

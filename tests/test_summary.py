@@ -69,6 +69,10 @@ NETWORKS = {
     "efficientnet_b5": (30_389_784, 10_266_384_752),
     "efficientnet_b6": (43_040_704, 19_067_593_536),
     "efficientnet_b7": (66_347_960, 37_745_884_192),
+    # By hand. Kernels of 3x3: 9 * (24 * 64 + 64 * 64 + 64 * 256 + 3 * 256 * 256) = 1,967,616; the classifier's 2,560; biases of
+    # the stem 24, of the norms 2 * (64 + 256 + 256). Multiply-adds: 31^2 * (2 * 2 * 3 * 24 + 13,824), 15^2 times
+    # 36,864 + 147,456, 7^2 * 2 * 589,824, 3^2 * 589,824, and 2,560.
+    "airbench94": (1_971_352, 118_147_360),
 }
 
 # (name, fields, pixels) -> the same, from the same counter.
@@ -84,6 +88,7 @@ CHANGED = {
     ("resnet56_cifar", "shortcut=B", 32): (855_770, 125_747_840),
     ("resnet110_cifar", "shortcut=B", 32): (1_730_714, 253_149_824),
     ("resnet1202_cifar", "shortcut=B", 32): (19_424_026, 2_829_501_056),
+    ("airbench94", "whitening=False", 32): (1_971_352 + 288, 118_147_360),
     ("efficientnet_b2", "", 288): (9_109_994, 1_087_529_456),  # at which torchvision gives its `_ops`
     # Tan and Le 2019, Table 7: one dimension at a time, and all three (1.3 * 224 = 291.2 pixels).
     ("efficientnet_b0", "depth=4", 224): (20_091_856, 1_575_132_640),

@@ -13,6 +13,7 @@ from cnnfamily.errors import UsageError
 # Keeps this stream apart from others drawn from the same seed. Not zero: SeedSequence takes (s, e) and (s, e, 0) for
 # the same entropy.
 ORDER_PURPOSE = 1
+FLIP_PURPOSE = 3  # 2 is `feed.CROP_PURPOSE`
 
 
 # Two, because the steps of two epochs alternate where batches are prepared ahead.
@@ -45,6 +46,22 @@ def train_indices(seed: int, step: int, n: int, batch_size: int, repeats: int = 
     start = step_in_epoch * different
     index = epoch_order(seed, epoch, n)[start : start + different]
     return np.tile(index, repeats) if repeats > 1 else index
+
+
+@functools.lru_cache(maxsize=1)
+def _coins(seed: int, n: int) -> np.ndarray:
+    coins = np.random.default_rng((seed, 0, FLIP_PURPOSE)).integers(0, 2, n).astype(bool)
+    coins.flags.writeable = False
+    return coins
+
+
+def mirrored(seed: int, epoch: int, index: np.ndarray, n: int) -> np.ndarray:
+    """Whether each of the images `index`, of n, is turned left to right in an epoch: bool `[len(index)]`.
+
+    In every other epoch, and in the first by a coin of its own, so that two epochs always show both sides: alternating flip,
+    Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.6.
+    """
+    return _coins(seed, n)[index] ^ bool(epoch % 2)
 
 
 def eval_batches(n: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -18,7 +18,7 @@ from cnnfamily.data.photographs import Ahead, Photographs, Reader
 from cnnfamily.errors import UsageError
 
 _MIX_KEYS = ("mixup", "cutmix", "mix_group")
-_CROP_KEYS = ("crop_scale", "crop_ratio", "crop_shorter", "repeats")
+_HOST_KEYS = ("crop_scale", "crop_ratio", "crop_shorter", "repeats", "flip_alternating")
 _ERASE_KEYS = ("erasing", "cutout_side")
 CROP_PURPOSE = 2  # keeps the stream of crops apart from others drawn from the same seed (see `batches`)
 
@@ -85,7 +85,9 @@ class TrainFeed:
                 f"for {mesh.size} device(s) and accumulate_steps={self.micro_batches}"
             )
         self.steps_per_epoch = batches.steps_per_epoch(len(self.split), self.batch_size)
-        self.repeats = config.augment.repeats
+        self.repeats, self._alternates = config.augment.repeats, config.augment.flip_alternating
+        if self._alternates and config.augment.flip:
+            raise UsageError("augment.flip and augment.flip_alternating are both True: expected one of the two to be False")
         self.store = _store(self.split, config, mesh, data.whitening)
         self.reader = make_reader(self.split, config)
         sides = training_resolutions(config)
@@ -94,7 +96,7 @@ class TrainFeed:
             self._crops = {side: training_crop(config, side) for side in sides.values()}
             self._here = parallel.rows_here((self.micro_batches, self.batch_size // self.micro_batches), mesh, batch_axis=1)
         self.batch = Ahead(self.make_batch, config.data.prefetch if self.reader and config.data.workers else 0)
-        changes = {name: value for name, value in config.augment.items() if name not in _MIX_KEYS + _CROP_KEYS}
+        changes = {name: value for name, value in config.augment.items() if name not in _MIX_KEYS + _HOST_KEYS}
         view = functools.partial(train_view, config=changes, mean=data.mean, std=data.std)
         self._views = {side: functools.partial(view, side=side) for side in sides.values()}
         mixing = dict(zip(("mixup", "cutmix", "group"), (config.augment[name] for name in _MIX_KEYS), strict=True))
@@ -110,6 +112,8 @@ class TrainFeed:
             arrays |= self.reader.images(index, crop, shape=shape, here=self._here.ravel())
         elif "images" not in self.store:
             arrays |= {"images": self.split.images[index], "labels": self.split.labels[index]}
+        if self._alternates:
+            arrays["mirrored"] = batches.mirrored(self.seed, step // self.steps_per_epoch, index, len(self.split))
         arrays = {name: array.reshape(self.micro_batches, -1, *array.shape[1:]) for name, array in arrays.items()}
         return parallel.place(arrays, self.mesh, batch_axis=1)
 
@@ -225,6 +229,20 @@ def _store(
 
 def _counts(reader: Reader | None) -> dict[str, int]:
     return {"bad_images": reader.bad_images} if reader and reader.bad_images else {}
+
+
+def sample(data: sources.Dataset, count: int = 5000) -> np.ndarray:
+    """At most `count` training images, evenly spread over their split, as the network sees them in an evaluation.
+
+    float32 `[n, height, width, channels]`, on the host: every process has the same.
+
+    Raises:
+      UsageError: they are photographs, which are decoded when needed.
+    """
+    if isinstance(data.train, Photographs):
+        raise UsageError("data.fit='crop' and a network that is measured on its images: expected 'resize' or 'pad'")
+    images = data.train.images[:: -(-len(data.train) // count)]
+    return np.asarray(test_view(images, data.whitening, mean=data.mean, std=data.std))
 
 
 def crops_of(config: ConfigDict) -> int:

@@ -10,7 +10,18 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from cnnfamily.errors import UsageError, unknown
-from cnnfamily.models import alexnet, efficientnet, googlenet, lenet, mobilenet_v1, mobilenet_v2, mobilenet_v3, resnet, vgg
+from cnnfamily.models import (
+    airbench,
+    alexnet,
+    efficientnet,
+    googlenet,
+    lenet,
+    mobilenet_v1,
+    mobilenet_v2,
+    mobilenet_v3,
+    resnet,
+    vgg,
+)
 from cnnfamily.models.layers import parameter_dtype_of
 
 # name -> (module class, the fields in which this variant differs from the class's defaults)
@@ -24,6 +35,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **mobilenet_v2.VARIANTS,
     **mobilenet_v3.VARIANTS,
     **efficientnet.VARIANTS,
+    **airbench.VARIANTS,
 }
 _NOT_CONFIG = ("parent", "name", "axis_name")  # linen's own, and what only the training loop knows
 _MAY_BE_ZERO = (

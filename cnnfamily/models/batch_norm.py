@@ -45,14 +45,17 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     group: int = 0
     axis_name: str | None = None
-    scale_init: Callable = initializers.ones
+    scale_init: Callable | None = initializers.ones  # None: the scale is 1, and no parameter
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: Array, activation: Callable[[Array], Array] = lambda x: x) -> Array:
         """`activation` of the normalised x, `[batch, height, width, channels]`; elementwise."""
         parameter_dtype, shape = parameter_dtype_of(self.dtype), (x.shape[-1],)
-        scale = parameter(self, "scale", self.scale_init, shape, parameter_dtype)
+        if self.scale_init:
+            scale = parameter(self, "scale", self.scale_init, shape, parameter_dtype)
+        else:
+            scale = jnp.ones(shape, parameter_dtype)
         bias = parameter(self, "bias", initializers.zeros, shape, parameter_dtype)
         running_mean = self.variable("batch_stats", "mean", np.zeros, shape, parameter_dtype)
         running_var = self.variable("batch_stats", "var", np.ones, shape, parameter_dtype)

@@ -53,6 +53,24 @@ def he_fan_out(groups: int):
     return init
 
 
+def partial_identity(init):
+    """`init`, but as many of the first filters as there are channels hand on one channel each: torch's `dirac_`.
+
+    A 3x3 convolution then begins as the identity and new filters beside it; airbench94_muon.py of
+    https://github.com/KellerJordan/cifar10-airbench.
+    """
+
+    def start(key, shape, dtype):
+        height, width, channels, filters = shape
+        same = np.arange(min(channels, filters))
+        identity, drawn = np.zeros(shape, dtype), np.ones(filters, dtype)
+        identity[height // 2, width // 2, same, same] = 1
+        drawn[same] = 0
+        return drawn * init(key, shape, dtype) + identity
+
+    return start
+
+
 def normal(stddev: float):
     """Normal with mean 0; torchvision's MobileNets and VGG have a deviation of 0.01 in their linear layers."""
     return lambda key, shape, dtype: np.asarray(stddev, dtype) * _random("normal", key, shape, dtype)

@@ -4,6 +4,7 @@ Parameters and batch statistics are float32 (float64 where `dtype` is float64); 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from cnnfamily.models.initializers import parameter
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "relu6": nn.relu6,
+    "gelu": partial(nn.gelu, approximate=False),
     "silu": nn.silu,
     "hard_swish": nn.hard_swish,
     "hard_sigmoid": nn.hard_sigmoid,
@@ -91,19 +93,23 @@ class Conv(nn.Module):
 
 
 class Linear(nn.Module):
-    """Affine map of `[..., inputs]` to `[..., units]`."""
+    """Affine map of `[..., inputs]` to `[..., units]`, linear without `bias`."""
 
     units: int
     kernel_init: Callable = initializers.uniform_fan_out
     bias_init: Callable = initializers.zeros
+    bias: bool = True
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x):
         parameter_dtype = parameter_dtype_of(self.dtype)
         kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.units), parameter_dtype)
-        bias = parameter(self, "bias", self.bias_init, (self.units,), parameter_dtype)
-        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        if self.bias:
+            bias = parameter(self, "bias", self.bias_init, (self.units,), parameter_dtype)
+            y = y + bias.astype(self.dtype)
+        return y
 
 
 def logits(x: jax.Array) -> jax.Array:
