@@ -87,7 +87,7 @@ def test_what_no_convention_explains_is_said():
     theirs["layer2.0.conv2"] = np.full_like(theirs["layer2.0.conv2"], np.nan)
     lines = list(convert.explain(network, variables, theirs))
     assert lines[0].startswith("layer2.0.conv2 differs by nan of its largest value; the ")
-    assert lines[1].startswith("none of 11 changes explains it: padding='same', norm_epsilon=0.001, ")
+    assert lines[1].startswith("none of 12 changes explains it: padding='same', norm_epsilon=0.001, ")
 
 
 class Flat(nn.Module):

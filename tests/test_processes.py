@@ -293,17 +293,20 @@ def test_every_test_example_counts_once_on_any_number_of_devices(finished):
         assert figure == pytest.approx(finished[1].metrics, rel=1e-5)
 
 
-@pytest.mark.parametrize("form", ["example", pytest.param("subset", marks=pytest.mark.full)])
-def test_two_processes_make_the_same_random_choices(form, start, x64, tmp_path):
-    """Two devices each, with and without micro-batches, against one process with one: as the running step recorded them."""
+@pytest.mark.parametrize(
+    ("form", "numbers"),
+    [("example", (2,)), *(pytest.param(form, (1, 2), marks=pytest.mark.full) for form in ("example", "subset"))],
+)
+def test_two_processes_make_the_same_random_choices(form, numbers, start, x64, tmp_path):
+    """Two devices each, in so many micro-batches, against one process with one: as the running step recorded them."""
     file, script = tmp_path / "choices.npz", Path(recorded.__file__)
-    ours = ends(start(2, script, file, form, 4, 1, 2, devices=2))
+    ours = ends(start(2, script, file, form, 4, *numbers, devices=2))
     assert [(status, said(err)) for status, _, err in ours] == [(0, []), (0, [])]
     state, steps, _ = twenty_steps(form, 4, 1, 1)
     expected, found = recorded.flat(state, steps), np.load(file)
-    assert {f"{micro_batches} {name}" for micro_batches in (1, 2) for name in expected} == set(found.files)
+    assert {f"{micro_batches} {name}" for micro_batches in numbers for name in expected} == set(found.files)
     assert sum(name.startswith("choice") for name in expected) == 20 * 8
-    for micro_batches, (name, value) in itertools.product((1, 2), expected.items()):
+    for micro_batches, (name, value) in itertools.product(numbers, expected.items()):
         other = found[f"{micro_batches} {name}"]
         if name.startswith("choice"):
             np.testing.assert_array_equal(other, value, err_msg=name)

@@ -130,7 +130,7 @@ def test_efficientnet_trains_evaluates_and_continues(tmp_path, monkeypatch):
         "accumulate_steps": 2,
         "model.norm_group": 4,
         "model.dtype": "bfloat16",
-        "model.stages": ((1, 16, 1, 1, 3), (6, 24, 2, 2, 5)),
+        "model.stages": ((6, 32, 1, 1, 5),),  # one residual block
     }
     config = configs.load_config("configs/efficientnet_b0.py:smoke", overrides)
 
