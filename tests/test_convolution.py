@@ -117,6 +117,16 @@ def test_a_dense_gradient_in_a_branch_is_no_plain_loop():
     assert not all(found[plain])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_stays_so(value):
+    """The conditional asks the first number."""
+    ours, (images, kernel) = of_kind("dense", dtype=jnp.float32)
+    output, gradients = jax.vjp(ours, images, kernel)
+    for place in ((0, 0, 0, 0), (1, 2, 3, 4)):
+        found = gradients(jnp.ones_like(output).at[place].set(value))[1]
+        assert not np.isfinite(found[..., place[3]]).all()
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8)])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 1)])
 def test_1x1_equals_the_plain_convolution_in_value_and_gradients(size, stride):
@@ -150,10 +160,11 @@ KINDS = {
     "tiny": {"taps": (5, 5), "filters": 6, "groups": 1, "padding": ((2, 2), (2, 1)), "stride": (2, 2)},
     "strided": {"channels": 16, "taps": (3, 3), "filters": 16, "groups": 1, "padding": ((1, 1), (0, 1)), "stride": (2, 1)},
     "wide": {"channels": 64, "taps": (2, 2), "filters": 128, "groups": 1, "padding": ((1, 0), (0, 1)), "stride": (1, 1)},
+    "dense": {"channels": 16, "taps": (3, 3), "filters": 24, "groups": 1, "padding": ((1, 1), (0, 1)), "stride": (1, 1)},
 }
 # Convolutions among the three products on a CPU: a tiny one's kernel gradient stays one, of a grouped or wide one all but
 # that, of one with a stride the output.
-LEFT = {"depthwise": 0, "1x1": 0, "tiny": 1, "grouped": 2, "strided": 1, "wide": 2}
+LEFT = {"depthwise": 0, "1x1": 0, "tiny": 1, "grouped": 2, "strided": 1, "wide": 2, "dense": 3}
 
 
 def of_kind(kind, convolve=convolution, dtype=np.float64, batch=2, size=(5, 6)):
@@ -285,7 +296,7 @@ def test_what_is_left_in_the_compiled_gradient_on_cpu(kind):
     given = of_kind(kind, dtype=jnp.float32)[1]
     program = jax.jit(partial(all_products, kind)).lower(*given).compile().as_text()
     assert program.count(" convolution(") == LEFT[kind]
-    assert "conditional(" not in program
+    assert program.count(" conditional(") == (kind == "dense")  # its kernel's gradient, into which nothing else is fused
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (7, 1, 5), (13, 5), (8, 2, 2, 5), (1, 5)])

@@ -33,8 +33,8 @@ KEPT = "convolution"  # under this name a policy of `jax.checkpoint` finds every
 ELSEWHERE: dict[tuple[str, str], Callable] = {}
 MOST_TAPS = 49  # of those that become a product a tap: for the 256 of a 16x16 kernel that compiles for five seconds
 # Of a dense convolution, the fewest channels, in or out, and of the last kind channels times filters, with which
-# products a tap win; the measurements are in `cpu_forms`.
-FEWEST_HALVED, FEWEST_STRIDED, FEWEST_WIDE = 96, 16, 64 * 128
+# products a tap win; the measurements are in `cpu_forms`. And the fewest with which its kernel's gradient stands apart.
+FEWEST_HALVED, FEWEST_STRIDED, FEWEST_WIDE, FEWEST_DENSE = 96, 16, 64 * 128, 16
 
 
 def convolution(
@@ -52,7 +52,7 @@ def convolution(
     sums are kept in float32. `padding` is ((top, bottom), (left, right)), none negative; the dtype is a float.
 
     Differentiable by reverse mode to any order; forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) raises TypeError for
-    most: grouped and 1x1 kernels, many channels (with a stride 16 are many), maps smaller than the kernel.
+    most: grouped and 1x1 kernels, 16 channels or more in and out, maps smaller than the kernel.
     Shapes or dtypes that disagree raise what `lax.conv_general_dilated` does.
     """
     rows, padding_rows = _live_taps(images.shape[1], kernel.shape[0], stride[0], padding[0])
@@ -102,7 +102,9 @@ def _kind(images: Array, kernel: Array, geometry: Geometry) -> str:
         return "tiny"
     if max(geometry.stride) > 1 and channels >= FEWEST_STRIDED:
         return "strided"
-    return "wide" if weights >= FEWEST_WIDE else "plain"
+    if weights >= FEWEST_WIDE:
+        return "wide"
+    return "dense" if channels >= FEWEST_DENSE else "plain"
 
 
 def _live_taps(size: int, taps: int, stride: int, padding: Pair) -> tuple[slice, Pair]:
@@ -183,6 +185,7 @@ _to_images = _product(
     "to_images",
     _plain_to_images,
     plain=cpu.ordered_to_images,
+    dense=cpu.ordered_to_images,
     grouped=cpu.ordered_to_images,
     wide=cpu.ordered_to_images,
     depthwise=cpu.depthwise_to_images,
@@ -195,6 +198,7 @@ _to_kernel = _product(
     "to_kernel",
     _plain_to_kernel,
     plain=cpu.ordered_to_kernel,
+    dense=cpu.apart_to_kernel,
     tiny=cpu.ordered_to_kernel,
     depthwise=cpu.depthwise_to_kernel,
     pointwise=cpu.pointwise_to_kernel,
