@@ -52,10 +52,10 @@ x = jnp.ones((4096, 64))
 for _ in range(8):
     step(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+for _ in range(40):
     step(x).block_until_ready()
 faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults * os.sysconf("SC_PAGESIZE") / 2**20 / 4)
+print(faults * os.sysconf("SC_PAGESIZE") / 2**20 / 40)
 """
 
 
@@ -68,7 +68,7 @@ def test_the_temporaries_of_a_step_are_kept_for_the_next():
         tunables = {"GLIBC_TUNABLES": given}
         done = subprocess.run(command, capture_output=True, text=True, env=environment | tunables, check=True)
         megabytes[how] = float(done.stdout)
-    assert megabytes["kept"] < 20
+    assert megabytes["kept"] < 16  # a place for the block may be found anew a few times
     assert megabytes["returned"] > 60  # what the test rests on, and that a setting of one's own stays
 
 
