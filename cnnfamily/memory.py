@@ -55,12 +55,12 @@ def tune_malloc() -> None:
     clears it for the next. This needs two things at once. No block is mapped by itself (`mmap_max`), which glibc heeds in its
     first arena alone; so steps run in the thread that asks for them (`jax_cpu_enable_async_dispatch`), not in one of XLA's.
     `top_pad` leaves room behind the block, so that it more often fits where it lay. Milliseconds of a training step, least,
-    median and most of 7 to 10, and the most MiB resident at any time, 224 pixels, batch 16 (two Zen 5 cores of a virtual
-    machine, jaxlib 0.10.2):
+    median and most of 7 to 11 after the first two, and the most MiB resident at any time, 224 pixels, batch 16; a process each,
+    one after the other (two Zen 5 cores of a virtual machine, jaxlib 0.10.2):
 
                                      returned                     kept
-        ResNet-50, float32           1,610   1,690   2,450 3,133  1,488   1,514   1,551 3,278 to 5,065
-        EfficientNet-B0, float32       445     456     674 2,942    381     391     408 4,142
+        ResNet-50, float32           1,655   1,690   2,489 3,179  1,488   1,514   1,551 3,278 to 5,065
+        EfficientNet-B0, float32       445     456     674 2,942    381     390     408 4,142
         MobileNetV2, bfloat16          247     257     267 1,759    233     240     247 1,777
 
     EfficientNet-B0 on the digits went from 1,385 to 1,555 images/s and from 1,290 to 1,430 MiB; LeNet-5 stayed (three runs in

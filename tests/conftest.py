@@ -49,6 +49,22 @@ def short_config(**overrides):
     return configs.load_config(LENET, SHORT | {key.replace("__", "."): value for key, value in overrides.items()})
 
 
+@pytest.fixture
+def dies_at_3(monkeypatch):
+    """`dies_at_3(config, workdir)` trains until the third step, and dies there."""
+
+    def die(self, step, *figures):
+        if step == 3:
+            raise ZeroDivisionError
+
+    def run(config, workdir):
+        with monkeypatch.context() as context, pytest.raises(ZeroDivisionError):
+            context.setattr(train.Report, "update", die)
+            train.run_training(config, workdir, quiet=True)
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A finished run of `short_config` with averaged weights, which tests read and do not change: (workdir, result)."""

@@ -14,16 +14,10 @@ FAMILIES = ("alexnet_2012", "vgg11_bn", "googlenet_paper", "mobilenet_v1", "mobi
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAMILIES else [pytest.mark.full]) for n in FILES])
-def test_smoke(name, tmp_path, monkeypatch):
+def test_smoke(name, dies_at_3, tmp_path):
     config = configs.load_config(f"configs/{name}.py:smoke")
 
-    def die_at_3(self, step, *figures):
-        if step == 3:
-            raise ZeroDivisionError
-
-    with monkeypatch.context() as context, pytest.raises(ZeroDivisionError):
-        context.setattr(train.Report, "update", die_at_3)
-        train.run_training(config, tmp_path / "run", quiet=True)
+    dies_at_3(config, tmp_path / "run")
     result = train.run_training(config, tmp_path / "run", quiet=True)
     assert runlog.read_manifest(tmp_path / "run")["sessions"][-1]["first_step"] == 2
     assert (result.step, result.metrics["test_examples"]) == (4, 16)

@@ -41,7 +41,9 @@ from packaging.requirements import Requirement
 from steps import STEPS, Step
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "experiments/speed")]
+from compare import processor  # noqa: E402
+
 from cnnfamily import disk  # noqa: E402 -- on a bare machine it is not installed
 
 RESULTS, WORK = "experiments/gpu/results", "runs/gpu"
@@ -351,13 +353,6 @@ def gpu() -> tuple[str, str]:
             name, _, driver = listed.stdout.strip().splitlines()[0].partition(",")
             return re.sub(r"\W+", "-", name.lower().replace("nvidia ", "").split()[0]), driver.strip()
     return "cpu", ""
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        return found[1] if found else platform.machine()
-    return platform.machine()
 
 
 def versions() -> dict[str, str]:
