@@ -12,7 +12,7 @@ from conftest import mesh_of
 from jax import export, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from cnnfamily.models.convolution import convolution, in_a_branch
+from cnnfamily.models.convolution import convolution, in_a_branch, matrix_product
 from cnnfamily.models.cpu_forms import channel_sums
 
 
@@ -161,10 +161,16 @@ KINDS = {
     "strided": {"channels": 16, "taps": (3, 3), "filters": 16, "groups": 1, "padding": ((1, 1), (0, 1)), "stride": (2, 1)},
     "wide": {"channels": 64, "taps": (2, 2), "filters": 128, "groups": 1, "padding": ((1, 0), (0, 1)), "stride": (1, 1)},
     "dense": {"channels": 16, "taps": (3, 3), "filters": 24, "groups": 1, "padding": ((1, 1), (0, 1)), "stride": (1, 1)},
+    "by images": {"channels": 32, "taps": (3, 3), "filters": 48, "groups": 1, "padding": ((1, 1), (0, 1)), "stride": (1, 1)},
+    "side by side": {"channels": 16, "taps": (2, 3), "filters": 64, "groups": 1, "padding": ((0, 1), (0, 1)), "stride": (1, 1)},
+    "and back": {"channels": 64, "taps": (3, 2), "filters": 16, "groups": 1, "padding": ((1, 1), (0, 1)), "stride": (1, 1)},
+    "few": {"channels": 3, "taps": (3, 3), "filters": 32, "groups": 1, "padding": ((1, 0), (1, 1)), "stride": (1, 1)},
+    "patches": {"channels": 2, "taps": (3, 4), "filters": 32, "groups": 1, "padding": ((0, 1), (2, 0)), "stride": (2, 3)},
 }
 # Convolutions among the three products on a CPU: a tiny one's kernel gradient stays one, of a grouped or wide one all but
-# that, of one with a stride the output.
+# that, of one with a stride the output, of one whose patches are a product the gradient of the images.
 LEFT = {"depthwise": 0, "1x1": 0, "tiny": 1, "grouped": 2, "strided": 1, "wide": 2, "dense": 3}
+LEFT |= {"by images": 2, "side by side": 3, "and back": 3, "few": 2, "patches": 1}
 
 
 def of_kind(kind, convolve=convolution, dtype=np.float64, batch=2, size=(5, 6)):
@@ -296,7 +302,79 @@ def test_what_is_left_in_the_compiled_gradient_on_cpu(kind):
     given = of_kind(kind, dtype=jnp.float32)[1]
     program = jax.jit(partial(all_products, kind)).lower(*given).compile().as_text()
     assert program.count(" convolution(") == LEFT[kind]
-    assert program.count(" conditional(") == (kind == "dense")  # its kernel's gradient, into which nothing else is fused
+    # A dense kernel's gradient stands in one, into which nothing else is fused.
+    assert program.count(" conditional(") == (kind in ("dense", "by images", "side by side", "and back"))
+
+
+@pytest.mark.parametrize(
+    ("size", "filters", "batch", "together"),
+    [((5, 6), 64, 3, True), ((5, 111), 64, 2, True), ((5, 112), 64, 2, False), ((5, 6), 64, 1, False), ((5, 6), 96, 3, False)],
+)
+def test_images_lie_side_by_side_where_a_thread_would_have_no_work(size, filters, batch, together):
+    """XLA's library shares filters times columns out among threads, not images."""
+    given = operands(size, (3, 3), 16, filters, 1, np.float32, batch)
+    lowered = jax.jit(partial(convolution, padding=((1, 1), (1, 1)))).lower(*given).as_text()
+    (line,) = (line for line in lowered.splitlines() if "stablehlo.convolution" in line)
+    assert f"(tensor<{1 if together else batch}x" in line.split(" : ")[-1]
+
+
+@pytest.mark.parametrize("size", [(29, 28), (30, 40), (1, 3), (60, 13)])
+def test_a_product_for_each_image_or_part_of_one(size):
+    """Of at most 784 pixels: of 1, 15, 1 and 60 rows."""
+    assert_equal_to_plain(size, (3, 3), 32, 32, 1, (1, 1), ((1, 1), (1, 1)))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tiny"])
+def test_sums_that_are_not_rounded(kind):
+    """Against float64 of the same bfloat16 operands, whose gradients are rounded as ever."""
+    f, given = of_kind(kind, partial(convolution, rounded=False), jnp.bfloat16)
+    exact, _ = of_kind(kind, plain)
+    cotangent = jnp.cos(jnp.arange(64.0)).astype(jnp.bfloat16)[:, None] * jnp.ones((), jnp.bfloat16)
+
+    def all_of(f, dtype, images, kernel):
+        output, gradients = jax.vjp(f, images, kernel)
+        given = jnp.resize(cotangent, output.shape).astype(dtype)
+        return output, *gradients(given)
+
+    found = jax.jit(partial(all_of, f, jnp.float32))(*given)
+    expected = jax.jit(partial(all_of, exact, jnp.float64))(*(x.astype(jnp.float64) for x in given))
+    assert [x.dtype for x in found] == [jnp.float32, jnp.bfloat16, jnp.bfloat16]
+    for a, b, tolerance in zip(found, expected, (1e-6, 4e-3, 4e-3), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float64), b, rtol=tolerance, atol=tolerance * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (2, 5, 40)])
+@pytest.mark.parametrize("units", [2, 300])
+def test_a_product_of_matrices(shape, units):
+    """In bfloat16 with float32 sums, on a CPU and elsewhere without a convolution; in float32 JAX's own."""
+    draw = np.random.default_rng(0).normal
+    x, kernel = jnp.asarray(draw(size=shape), jnp.bfloat16), jnp.asarray(draw(size=(40, units)), jnp.bfloat16)
+    cotangent = jnp.asarray(draw(size=(*shape[:-1], units)), jnp.bfloat16)
+
+    def three(f, x, kernel, cotangent):
+        output, gradients = jax.vjp(f, x, kernel)
+        return output, *gradients(cotangent.astype(output.dtype))
+
+    found = jax.jit(partial(three, matrix_product))(x, kernel, cotangent)
+    expected = three(jnp.matmul, *(x.astype(jnp.float64) for x in (x, kernel, cotangent)))
+    assert [x.dtype for x in found] == [jnp.float32, jnp.bfloat16, jnp.bfloat16]
+    for a, b, tolerance in zip(found, expected, (1e-6, 4e-3, 4e-3), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float64), b, rtol=tolerance, atol=tolerance * float(jnp.abs(b).max()))
+    for platform in ("cpu", "cuda"):
+        lowered = jax.jit(partial(three, matrix_product)).trace(x, kernel, cotangent).lower(lowering_platforms=(platform,))
+        assert lowered.as_text().count("stablehlo.dot_general") == 3
+        assert "stablehlo.convolution" not in lowered.as_text()
+    wide = x.astype(jnp.float32), kernel.astype(jnp.float32)
+    np.testing.assert_array_equal(matrix_product(*wide), wide[0] @ wide[1])
+
+
+def test_the_gradient_of_a_large_kernel_is_not_turned():
+    """Else the optimizer reads it across its rows: a step of AlexNet in bfloat16 took 360 ms for 228."""
+    x, kernel = jnp.zeros((4, 600), jnp.bfloat16), jnp.zeros((600, 50), jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda kernel: matrix_product(x, kernel).sum()))
+    lowered = gradient.trace(kernel).lower(lowering_platforms=("cpu",)).as_text()
+    (product,) = (line for line in lowered.splitlines() if "stablehlo.dot_general" in line)
+    assert product.endswith("-> tensor<600x50xf32>")
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (7, 1, 5), (13, 5), (8, 2, 2, 5), (1, 5)])
@@ -342,14 +420,14 @@ def test_operands_that_disagree_are_refused(kind):
     with pytest.raises(TypeError, match="same dtypes"):
         f(images, kernel.astype(jnp.float32))
     with pytest.raises(ValueError, match="conv_general_dilated"):
-        f(images[..., :3], kernel)
+        f(images[..., :-1], kernel)
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (4, 2)])
-def test_nothing_gives_nothing(channels, groups):
+@pytest.mark.parametrize(("channels", "filters", "groups"), [(4, 4, 1), (4, 4, 2), (3, 32, 1), (64, 64, 1)])
+def test_nothing_gives_nothing(channels, filters, groups):
     """A kernel beyond the map has no outputs, and a batch of none has none; gradients are zeros."""
     for batch, size, taps in ((1, (2, 2), (5, 5)), (1, (1, 1), (3, 3)), (0, (6, 6), (3, 3)), (0, (2, 2), (2, 2))):
-        images, kernel = operands(size, taps, channels, 4, groups, batch=batch)
+        images, kernel = operands(size, taps, channels, filters, groups, batch=batch)
         found, expected = (products(partial(f, groups=groups), images, kernel) for f in (convolution, plain))
         for a, b in zip(found, expected, strict=True):
             assert a.shape == b.shape

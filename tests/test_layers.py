@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from cnnfamily import create_model
 from cnnfamily.errors import UsageError
 from cnnfamily.models import layers
 from cnnfamily.models.layers import (
@@ -19,6 +20,7 @@ from cnnfamily.models.layers import (
     adaptive_average,
     check_images,
     choose,
+    conv_and_norm,
     dropout,
     local_response_norm,
 )
@@ -113,6 +115,27 @@ def test_parameters_stay_float32(layer):
 def test_hard_activations(name, expected):
     x = jnp.array([-4.0, -3.0, -1.0, 0.0, 1.0, 3.0, 4.0])
     np.testing.assert_allclose(layers.ACTIVATIONS[name](x), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{}, {"batch_norm": False}, {"norm_place": "after"}])
+def test_in_evaluation_bfloat16_is_rounded_once(fields):
+    """From a convolution to the activation behind its norm: in float32 from the same operands and rounded, but for ties."""
+    network = create_model("resnet20_cifar", **fields)
+
+    class Part(nn.Module):
+        dtype: str
+
+        @nn.compact
+        def __call__(self, x):
+            conv, norm = conv_and_norm(network.clone(dtype=self.dtype, parent=None), train=False)
+            return norm(nn.silu, name="norm")(conv(8, 3, name="conv")(x))
+
+    x = jnp.asarray(draw(2, 9, 9, 4), jnp.bfloat16)
+    variables = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), Part("float32").init(jax.random.key(0), x))
+    found = jax.jit(Part("bfloat16").apply)(variables, x)
+    exact = jax.jit(Part("float32").apply)(variables, x.astype(jnp.float32))
+    assert found.dtype == jnp.bfloat16
+    assert np.mean(found == exact.astype(jnp.bfloat16)) > 0.99
 
 
 # Batch normalisation

@@ -46,6 +46,22 @@ def test_equals_jax_in_value_and_gradient(x64, size, window, stride, padding, ed
     np.testing.assert_allclose(np.float64(gradient), np.float64(expected_gradient), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_cpu_no_window_is_left(dtype):
+    """XLA's compiler runs through each number by number."""
+    x = jnp.zeros((2, 8, 8, 3), dtype)
+    program = jax.jit(jax.value_and_grad(lambda x: max_pool(x, 3, 2).sum())).lower(x).compile().as_text()
+    assert "reduce-window" not in program
+    assert "select-and-scatter" not in program
+
+
+def test_what_is_not_finite_stays_so():
+    x = np.zeros((1, 4, 4, 3), np.float32)
+    x[0, 0, 0] = np.nan, np.inf, -np.inf
+    x[0, 1, 2:, 2] = x[0, 0, 2:, 2] = -np.inf
+    np.testing.assert_array_equal(max_pool(x, 2, 2)[0, 0], [[np.nan, np.inf, 0], [0, 0, -np.inf]])
+
+
 def test_of_equal_maxima_the_first_has_the_gradient():
     """After ReLU most windows have several zeros; torch and JAX take the first, row by row."""
     x = np.zeros((1, 4, 4, 1), np.float32)

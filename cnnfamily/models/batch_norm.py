@@ -46,6 +46,7 @@ class BatchNorm(nn.Module):
     group: int = 0
     axis_name: str | None = None
     scale_init: Callable | None = initializers.ones  # None: the scale is 1, and no parameter
+    rounded: bool = True  # to `dtype`, in evaluation; else the dtype of sums, for what follows to round
     dtype: str = "float32"
 
     @nn.compact
@@ -70,7 +71,8 @@ class BatchNorm(nn.Module):
             return y.reshape(x.shape)
         inverse = lax.rsqrt(running_var.value + self.epsilon)
         y = (x.astype(parameter_dtype) - running_mean.value) * (inverse * scale) + bias
-        return activation(y.astype(self.dtype))
+        y = activation(y)
+        return y.astype(self.dtype) if self.rounded else y
 
     def _groups(self, local: int) -> tuple[tuple[tuple[int, ...], ...] | None, int]:
         """The devices that share a group, None where it fits a device; and how many of its examples lie on this one."""

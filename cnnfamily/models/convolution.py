@@ -35,6 +35,9 @@ MOST_TAPS = 49  # of those that become a product a tap: for the 256 of a 16x16 k
 # Of a dense convolution, the fewest channels, in or out, and of the last kind channels times filters, with which
 # products a tap win; the measurements are in `cpu_forms`. And the fewest with which its kernel's gradient stands apart.
 FEWEST_HALVED, FEWEST_STRIDED, FEWEST_WIDE, FEWEST_DENSE = 96, 16, 64 * 128, 16
+# Of a convolution of few channels, as at the start of a network: the most of these, the fewest filters, and of taps times
+# channels the most that are put side by side for the kernel's gradient and, with a stride, for the output.
+MOST_FEW, FEWEST_PATCHED, MOST_IN_A_PATCH, MOST_IN_AN_OUTPUT = 4, 32, 160, 32
 
 
 def convolution(
@@ -44,12 +47,14 @@ def convolution(
     stride: Pair = (1, 1),
     padding: tuple[Pair, Pair] = ((0, 0), (0, 0)),
     groups: int = 1,
+    rounded: bool = True,
 ) -> Array:
     """Convolves images [batch, height, width, channels] with a kernel [height, width, channels / groups, filters].
 
     Returns [batch, (height + low + high - kernel height) // stride + 1, likewise the width, filters] in the dtype of
     `images`, equal to `lax.conv_general_dilated` with NHWC and HWIO up to the order of summation; below 32 bits the
-    sums are kept in float32. `padding` is ((top, bottom), (left, right)), none negative; the dtype is a float.
+    sums are kept in float32, and without `rounded` returned in it (on a CPU as they are, elsewhere rounded before).
+    `padding` is ((top, bottom), (left, right)), none negative; the dtype is a float.
 
     Differentiable by reverse mode to any order; forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) raises TypeError for
     most: grouped and 1x1 kernels, 16 channels or more in and out, maps smaller than the kernel.
@@ -59,12 +64,24 @@ def convolution(
     columns, padding_columns = _live_taps(images.shape[2], kernel.shape[1], stride[1], padding[1])
     kernel = kernel[rows, columns]
     geometry = Geometry(images.shape[1:3], kernel.shape[:2], tuple(stride), (padding_rows, padding_columns), groups)
-    kind = _kind(images, kernel, geometry)
-    if kind == "plain" and not _IN_A_BRANCH.get():
+    kind, rounded = _kind(images, kernel, geometry), rounded or cpu.sum_dtype(images) == images.dtype
+    if kind == "plain" and rounded and not _IN_A_BRANCH.get():
         output = _plain_output(images, kernel, geometry)
     else:
-        output = _output(*_vary_alike(images, kernel), geometry._replace(kind=kind))
+        output = _output(*_vary_alike(images, kernel), geometry._replace(kind=kind, rounded=rounded))
     return checkpoint_name(output, KEPT)
+
+
+def matrix_product(x: Array, kernel: Array) -> Array:
+    """x `[..., inputs]` times a kernel `[inputs, units]`; below 32 bits in float32, not rounded, and without forward mode.
+
+    There as a convolution of one pixel: XLA's CPU compiler widens the operands of a product with a narrow result, and reads
+    the gradient of the kernel across its rows. AlexNet, bfloat16, batch 16: 535 ms a step for 260 in float32, and @ so.
+    """
+    if cpu.sum_dtype(x) == x.dtype:
+        return x @ kernel
+    pixels = x.reshape(-1, 1, 1, x.shape[-1])
+    return convolution(pixels, kernel[None, None], rounded=False).reshape(*x.shape[:-1], kernel.shape[1])
 
 
 _IN_A_BRANCH = contextvars.ContextVar("in_a_branch", default=False)
@@ -102,6 +119,8 @@ def _kind(images: Array, kernel: Array, geometry: Geometry) -> str:
         return "tiny"
     if max(geometry.stride) > 1 and channels >= FEWEST_STRIDED:
         return "strided"
+    if kernel.shape[2] <= MOST_FEW and kernel.shape[3] >= FEWEST_PATCHED and taps * kernel.shape[2] <= MOST_IN_A_PATCH:
+        return "patches" if max(geometry.stride) > 1 and taps * kernel.shape[2] <= MOST_IN_AN_OUTPUT else "few"
     if weights >= FEWEST_WIDE:
         return "wide"
     return "dense" if channels >= FEWEST_DENSE else "plain"
@@ -136,6 +155,8 @@ def _vary_alike(images: Array, kernel: Array) -> tuple[Array, Array]:
 
 
 def _plain_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
+    if geometry.kind == "pointwise" and geometry.image_size == (1, 1):  # of a linear layer, which is no convolution elsewhere
+        return lax.dot_general(images, kernel[0, 0], (((3,), (0,)), ((), ())))
     return lax.conv_general_dilated(
         images,
         kernel,
@@ -166,9 +187,12 @@ def _product(which: str, default: Callable, /, **on_cpu: Callable) -> jax.custom
     def product(left: Array, right: Array, geometry: Geometry) -> Array:
         here = on_cpu.get(geometry.kind, default)
         there = ELSEWHERE.get((which, geometry.kind), default)
-        return lax.platform_dependent(
-            left, right, cpu=partial(here, geometry=geometry), default=partial(there, geometry=geometry)
-        )
+        dtype = left.dtype if geometry.rounded else cpu.sum_dtype(left)
+
+        def form(compute: Callable) -> Callable:
+            return lambda left, right: compute(left, right, geometry).astype(dtype)
+
+        return lax.platform_dependent(left, right, cpu=form(here), default=form(there))
 
     return jax.custom_vjp(product, nondiff_argnums=(2,))
 
@@ -178,6 +202,13 @@ _output = _product(
     _plain_output,
     depthwise=cpu.depthwise_output,
     pointwise=cpu.pointwise_output,
+    patches=cpu.patches_output,
+    plain=cpu.ordered_output,
+    few=cpu.ordered_output,
+    dense=cpu.ordered_output,
+    wide=cpu.ordered_output,
+    strided=cpu.ordered_output,
+    grouped=cpu.ordered_output,
     tiny=cpu.by_taps_output,
     halved=cpu.by_taps_output,
 )
@@ -185,6 +216,8 @@ _to_images = _product(
     "to_images",
     _plain_to_images,
     plain=cpu.ordered_to_images,
+    patches=cpu.ordered_to_images,
+    few=cpu.ordered_to_images,
     dense=cpu.ordered_to_images,
     grouped=cpu.ordered_to_images,
     wide=cpu.ordered_to_images,
@@ -202,18 +235,24 @@ _to_kernel = _product(
     tiny=cpu.ordered_to_kernel,
     depthwise=cpu.depthwise_to_kernel,
     pointwise=cpu.pointwise_to_kernel,
+    patches=cpu.patches_to_kernel,
+    few=cpu.patches_to_kernel,
     grouped=cpu.grouped_to_kernel,
     halved=cpu.by_taps_to_kernel,
     strided=cpu.by_taps_to_kernel,
     wide=cpu.by_taps_to_kernel,
 )
 
+
+def _output_gradients(geometry: Geometry, operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    (images, kernel), geometry = operands, geometry._replace(rounded=True)
+    cotangent = cotangent.astype(images.dtype)
+    return _to_images(cotangent, kernel, geometry), _to_kernel(images, cotangent, geometry)
+
+
 _output.defvjp(
     lambda images, kernel, geometry: (_output(images, kernel, geometry), (images, kernel)),
-    lambda geometry, operands, cotangent: (
-        _to_images(cotangent, operands[1], geometry),
-        _to_kernel(operands[0], cotangent, geometry),
-    ),
+    _output_gradients,
 )
 _to_images.defvjp(
     lambda cotangent, kernel, geometry: (_to_images(cotangent, kernel, geometry), (cotangent, kernel)),

@@ -1,14 +1,15 @@
 """What runs on a CPU in place of the convolutions that XLA's compiler is slow at there; `convolution` chooses.
 
 Each form is one of the three products of `convolution`: `..._output(images, kernel)`, `..._to_images(cotangent, kernel)` and
-`..._to_kernel(images, cotangent)`, equal to the plain one up to the order of summation.
+`..._to_kernel(images, cotangent)`, equal to the plain one up to the order of summation. An output comes in the dtype of sums,
+which `convolution` rounds.
 
 Times in this file: milliseconds, float32 unless it says bfloat16, batch 16, two Zen 5 cores, JAX 0.10.2 / 0.12.0.1, medians of
 3 to 7. In all, depthwise 14x14x480 3x3: forward 32 / 24 plain, 1.4 / 1.3 here; and both gradients 138 / 104, here 5.5 / 6.0.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,6 +18,11 @@ import numpy as np
 from jax import Array, lax
 
 Pair = tuple[int, int]
+NHWC = ("NHWC", "HWIO", "NHWC")
+# Where images are laid side by side, of filters the fewest, and what is too many, and of columns times filters.
+FEWEST_SHARED, MOST_SHARED, SHARED_COLUMNS = 64, 96, 64 * 112
+PIXELS_TOGETHER = 28 * 28  # the most of an image whose part in the gradient of a small kernel is a product of its own
+FEWEST_BY_IMAGES = 32  # channels and filters with which a kernel's gradient is a product for each image
 
 
 class Geometry(NamedTuple):
@@ -28,11 +34,27 @@ class Geometry(NamedTuple):
     padding: tuple[Pair, Pair]
     groups: int
     kind: str = "plain"
+    rounded: bool = True
 
     @property
     def output_size(self) -> Pair:
         sides = zip(self.image_size, self.kernel_size, self.stride, self.padding, strict=True)
         return tuple((size + sum(padding) - taps) // stride + 1 for size, taps, stride, padding in sides)
+
+    @property
+    def sides(self) -> Iterator["Side"]:
+        """Height and width."""
+        return map(Side, self.image_size, self.output_size, self.kernel_size, self.stride, self.padding)
+
+
+class Side(NamedTuple):
+    """One dimension of a convolution."""
+
+    size: int
+    outputs: int
+    taps: int
+    stride: int
+    padding: Pair
 
 
 # Depthwise: shifted multiply-adds, which XLA fuses into a single loop over the padded map. To pad each
@@ -56,7 +78,7 @@ def depthwise_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> 
         row_taps, row_padding = _phase(row, 0, rows, cotangent.shape[1], geometry)
         column_taps, column_padding = _phase(column, 1, columns, cotangent.shape[2], geometry)
         flipped = kernel[row_taps, column_taps, 0][::-1, ::-1]
-        return _multiply_add(cotangent, flipped, (1, 1), (row_padding, column_padding))
+        return _multiply_add(cotangent, flipped, (1, 1), (row_padding, column_padding)).astype(cotangent.dtype)
 
     phases = jnp.stack([jnp.stack([phase(r, c) for c in range(column_stride)], 3) for r in range(row_stride)], 2)
     images = phases.reshape(cotangent.shape[0], rows * row_stride, columns * column_stride, cotangent.shape[3])
@@ -104,13 +126,13 @@ def channel_sums(terms: Sequence[Array]) -> Array:
 def _multiply_add(images: Array, kernel: Array, stride: Pair, padding: tuple[Pair, Pair]) -> Array:
     """The depthwise correlation with a kernel [height, width, channels]."""
     dtype = sum_dtype(images)
-    padded = _pad(images, padding)
+    padded = _pad(images.astype(dtype), padding)
     outputs = tuple((padded.shape[1 + axis] - kernel.shape[axis]) // stride[axis] + 1 for axis in (0, 1))
     total = jnp.zeros((images.shape[0], *outputs, images.shape[3]), dtype)
     taps = kernel.astype(dtype).reshape(-1, 1, 1, 1, kernel.shape[2])
     for tap, window in enumerate(_windows(padded, kernel.shape[:2], stride, outputs)):
-        total += window.astype(dtype) * taps[tap]
-    return total.astype(images.dtype)
+        total += window * taps[tap]
+    return total
 
 
 def _windows(padded: Array, kernel_size: Pair, stride: Pair, outputs: Pair) -> list[Array]:
@@ -145,17 +167,56 @@ def _is_narrow(images: Array) -> bool:
 
 
 def pointwise_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
-    return _product_over(_strided(images, geometry.stride), kernel[0, 0], (3,), (0,))
+    return _wide_product(_strided(images, geometry.stride), kernel[0, 0], (3,), (0,))
 
 
 def pointwise_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
-    images = _product_over(cotangent, kernel[0, 0], (3,), (1,))
+    images = _wide_product(cotangent, kernel[0, 0], (3,), (1,)).astype(cotangent.dtype)
     return _pad(images, *_spread((0, 0), geometry))
 
 
 def pointwise_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
     product = _product_over_pixels(_strided(images, geometry.stride), cotangent)
     return product.astype(images.dtype)[None, None]
+
+
+# Few channels, as at the start of a network: all that an output sees side by side, and one product. JAX 0.10.2, 224x224x3,
+# stride 2, 3x3 to 32: 12.1 to 5.0, bfloat16 14 to 5.4; with stride 1, or 7x7, the convolution is faster (22 for 29 to
+# 64). The gradient of the kernel: 8.3 to 5.3; 7x7, stride 2, to 64: 59 to 38; 3x3, stride 1, to 64: 59 to 37; to 16 filters
+# neither is faster.
+
+
+def patches_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
+    return _wide_product(_patches(images, geometry), kernel.reshape(-1, kernel.shape[3]), (3,), (0,))
+
+
+def patches_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
+    dtype = sum_dtype(images)
+    product = _product_over_pixels(_patches(images.astype(dtype), geometry), cotangent.astype(dtype))
+    return product.astype(images.dtype).reshape(*geometry.kernel_size, images.shape[3], -1)
+
+
+def _patches(images: Array, geometry: Geometry) -> Array:
+    """`[batch, *outputs, taps x channels]`, in pieces of as many columns as the stride has, which lie side by side already."""
+    batch, channels, step = images.shape[0], images.shape[3], geometry.stride[1]
+    (rows, columns), outputs = geometry.kernel_size, geometry.output_size
+    pieces = -(-columns // step)
+    low = geometry.padding[1][0]
+    high = (outputs[1] + pieces - 1) * step - low - geometry.image_size[1]
+    padded = _pad(images, (geometry.padding[0], (low, high)))
+    padded = padded.reshape(batch, padded.shape[1], outputs[1] + pieces - 1, step * channels)
+    last = (outputs[0] - 1) * geometry.stride[0] + 1
+    seen = [
+        lax.slice(
+            padded,
+            (0, row, piece, 0),
+            (batch, row + last, piece + outputs[1], min(step, columns - piece * step) * channels),
+            (1, geometry.stride[0], 1, 1),
+        )
+        for row in range(rows)
+        for piece in range(pieces)
+    ]
+    return jnp.concatenate(seen, axis=3)
 
 
 # Between dense and depthwise (ResNeXt): the kernel's gradient, which XLA expands to a dense one, as a batched product
@@ -193,7 +254,7 @@ def by_taps_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
     taps = kernel.reshape(-1, *kernel.shape[2:])
     windows = _windows(padded, geometry.kernel_size, geometry.stride, geometry.output_size)
     products = [_wide_product(window, tap, (3,), (0,)) for window, tap in zip(windows, taps, strict=True)]
-    return sum(products).astype(images.dtype)
+    return sum(products)
 
 
 def by_taps_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
@@ -214,9 +275,13 @@ def by_taps_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Ar
     return jnp.stack(products).reshape(*geometry.kernel_size, *products[0].shape).astype(images.dtype)
 
 
-# The gradients of a dense or grouped convolution as convolutions of their own, in the order of dimensions for which XLA's CPU
-# compiler has fast code. It brings others into this order itself, but only in a program's entry: in the branch of a
-# conditional, or in a scan, those that JAX makes become a plain loop.
+# The products of a dense or grouped convolution as convolutions in the order of dimensions for which XLA's CPU compiler has
+# fast code. It brings others into this order itself, but only in a program's entry: in the branch of a conditional, or in a
+# scan, those that JAX makes become a plain loop.
+
+
+def ordered_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
+    return _ordered_convolution(images, kernel, geometry.stride, geometry.padding, geometry.groups)
 
 
 def ordered_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
@@ -224,48 +289,107 @@ def ordered_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Ar
     groups = geometry.groups
     split = kernel[::-1, ::-1].reshape(height, width, channels, groups, filters // groups)
     turned = split.transpose((0, 1, 4, 3, 2)).reshape(height, width, filters // groups, groups * channels)
-    sides = zip(geometry.image_size, geometry.output_size, geometry.kernel_size, geometry.stride, geometry.padding, strict=True)
     around = []
-    for size, outputs, taps, stride, (low, _) in sides:
+    for size, outputs, taps, stride, (low, _) in geometry.sides:
         before = taps - 1 - low
         around.append((before, size - (outputs - 1) * stride - 1 + taps - 1 - before))
-    return _ordered_convolution(cotangent, turned, around, lhs_dilation=geometry.stride, feature_group_count=groups)
+    return _ordered_convolution(cotangent, turned, (1, 1), around, groups, geometry.stride)
 
 
 def ordered_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
     """Of a dense convolution: channels take the place of the batch, and the batch that of channels."""
-    sides = zip(geometry.image_size, geometry.output_size, geometry.kernel_size, geometry.stride, geometry.padding, strict=True)
+    sides = geometry.sides
     around = [(low, taps + (outputs - 1) * stride - size - low) for size, outputs, taps, stride, (low, _) in sides]
     images, cotangent = images.transpose((3, 1, 2, 0)), cotangent.transpose((1, 2, 0, 3))
-    return _ordered_convolution(images, cotangent, around, rhs_dilation=geometry.stride).transpose((1, 2, 0, 3))
+    return lax.conv_general_dilated(
+        images, cotangent, (1, 1), around, rhs_dilation=geometry.stride, dimension_numbers=NHWC
+    ).transpose((1, 2, 0, 3))
+
+
+def _ordered_convolution(
+    images: Array, kernel: Array, stride: Pair, padding: Sequence[Pair], groups: int, between: Pair = (1, 1)
+) -> Array:
+    """In the dtype of sums, with `between - 1` zeros between the pixels of the images.
+
+    YNNPACK shares out filters times columns among threads, and nothing else: with 64 filters a second thread has work from 112
+    columns on. So all images are laid side by side: 56x56x64, 3x3, 19 to 9.5.
+    """
+    batch, height, width, filters = *images.shape[:3], kernel.shape[3]
+    low, high = padding[1]
+    small = FEWEST_SHARED <= filters < MOST_SHARED and width * filters < SHARED_COLUMNS
+    if not small or stride != (1, 1) or between != (1, 1) or groups > 1 or batch < 2 or min(low, high) < 0:
+        return lax.conv_general_dilated(
+            images,
+            kernel,
+            stride,
+            padding,
+            lhs_dilation=between,
+            dimension_numbers=NHWC,
+            feature_group_count=groups,
+            preferred_element_type=sum_dtype(images),
+        )
+    columns, seen = width + low + high, kernel.shape[1]
+    row = _pad(images, ((0, 0), (low, high))).transpose((1, 0, 2, 3)).reshape(1, height, batch * columns, images.shape[3])
+    row = lax.conv_general_dilated(
+        row,
+        kernel,
+        (1, 1),
+        (padding[0], (0, seen - 1)),
+        dimension_numbers=NHWC,
+        preferred_element_type=sum_dtype(images),
+    )
+    split = row.reshape(row.shape[1], batch, columns, filters)  # what spans two images is cut off
+    return split[:, :, : columns - seen + 1].transpose((1, 0, 2, 3))
 
 
 def apart_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
-    """`ordered_to_kernel` in the branch of a conditional, which XLA's fusion does not cross.
+    """In the branch of a conditional, which XLA's fusion does not cross.
 
     Outside of one it computes the images anew where it transposes them, each number by itself: in a residual network the sums
     of all blocks before. ResNet-110, batch 128, JAX 0.10.2: 2,960 ms a step, of which 63 % were such transposes, and 1,650 so.
     """
+    shape = (*geometry.kernel_size, images.shape[3], cotangent.shape[3])
+    runs = ordered_to_kernel if min(shape[2:]) < FEWEST_BY_IMAGES else by_images_to_kernel
     if not cotangent.size:
-        return ordered_to_kernel(images, cotangent, geometry)
+        return runs(images, cotangent, geometry)
 
     def undefined(images, cotangent):
-        return jnp.full_like(cotangent, jnp.nan, shape=(*geometry.kernel_size, images.shape[3], cotangent.shape[3]))
+        return jnp.full_like(cotangent, jnp.nan, shape=shape)
 
-    runs = partial(ordered_to_kernel, geometry=geometry)
-    return lax.cond(cotangent[0, 0, 0, 0] < jnp.inf, runs, undefined, images, cotangent)
+    return lax.cond(cotangent[0, 0, 0, 0] < jnp.inf, partial(runs, geometry=geometry), undefined, images, cotangent)
 
 
-def _ordered_convolution(images: Array, kernel: Array, padding: Sequence[Pair], **fields) -> Array:
-    return lax.conv_general_dilated(images, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **fields)
+def by_images_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
+    """For each tap a product for each image, or part of one, which are summed: threads share them out, and the kernel is small.
+
+    The ordered convolution and so (JAX 0.10.2, batch of the last two 128): 56x56x64 28 to 20, bfloat16 28 to 15; 112x112x64
+    222 to 78, and 232 to 61; 8x8x64 5.0 to 2.3; 16x16x32 6.2 to 3.6. By taps 33 and 27, 132 and 126, 5.0, 4.4. With more
+    channels the sums of the products cost more than they gain: 14x14x256 36, by taps 13.
+    """
+    (height, width), channels, filters = geometry.output_size, images.shape[3], cotangent.shape[3]
+    rows = max(rows for rows in range(1, height + 1) if height % rows == 0 and (rows == 1 or rows * width <= PIXELS_TOGETHER))
+    parts = images.shape[0] * height // rows
+    turned = _turned_images(cotangent.reshape(parts, rows, width, filters)).reshape(parts, filters, rows * width)
+    windows = _windows(_pad(images, geometry.padding), geometry.kernel_size, geometry.stride, geometry.output_size)
+    products = [
+        lax.dot_general(
+            turned,
+            window.reshape(parts, rows * width, channels),
+            (((2,), (1,)), ((0,), (0,))),
+            preferred_element_type=sum_dtype(images),
+        )
+        for window in windows
+    ]
+    sums = jnp.stack([product.sum(axis=0).T for product in products])
+    return sums.reshape(*geometry.kernel_size, channels, filters).astype(images.dtype)
 
 
 def _spread(tap: Pair, geometry: Geometry) -> tuple[tuple[Pair, Pair], Pair]:
     """The padding around the outputs, and the zeros between them, that put each onto the pixel that `tap` multiplies."""
-    sides = zip(tap, geometry.image_size, geometry.output_size, geometry.stride, geometry.padding, strict=True)
     around = []
-    for tap, size, outputs, stride, (low, _) in sides:
-        around.append((tap - low, size - (tap - low) - (outputs - 1) * stride - 1))
+    for first, side in zip(tap, geometry.sides, strict=True):
+        start = first - side.padding[0]
+        around.append((start, side.size - start - (side.outputs - 1) * side.stride - 1))
     return tuple(around), tuple(stride - 1 for stride in geometry.stride)
 
 
@@ -279,13 +403,15 @@ def _product_over_pixels(images: Array, cotangent: Array) -> Array:
     Over the pixels in one dimension, not over batch, height and width: float32, 56x56, 24 to 144, two cores of a Xeon: 1.8 /
     2.0 for 3.9 / 4.3. XLA has its library (YNNPACK) for products whose left factor is summed along its rows; a sum down the
     columns of both it leaves to Eigen, for which it first widens bfloat16. So in bfloat16 the factor with fewer channels is
-    turned. As they are and so, JAX 0.10.2: 14x14, 1024 to 256: 8.4 to 2.8; 28x28, 512 to 128: 9.8 to 3.3; 240 to 40: 2.5
-    to 1.2; 56x56, 64 to 256: 10.9 to 7.6; 112x112, 16 to 96: 8.7 to 7.2; 7x7, 160 to 960: 0.84 to 0.58; a step of
-    ResNet-50 1.19 to 1.03 s. In float32, alone, 8.0 to 4.3, 8.4 to 6.1, but 3.5 to 5.1 at 112x112; ResNet-50 1.50 to 1.54 s.
+    turned, or the images where the kernel is larger than they are. As they are and so, JAX 0.10.2: 14x14, 1024 to 256: 8.4
+    to 2.8; 28x28, 512 to 128: 9.8 to 3.3; 240 to 40: 2.5 to 1.2; 56x56, 64 to 256: 10.9 to 7.6; 112x112, 16 to 96: 8.7 to
+    7.2; 7x7, 160 to 960: 0.84 to 0.58; a step of ResNet-50 1.19 to 1.03 s. In float32, alone, 8.0 to 4.3, 8.4 to 6.1, but 3.5
+    to 5.1 at 112x112; ResNet-50 1.50 to 1.54 s.
     """
     if not _is_narrow(images):
         return _wide_product(_flat(cotangent), _flat(images), (0,), (0,)).T
-    if images.shape[3] <= cotangent.shape[3]:
+    pixels, channels, filters = math.prod(images.shape[:3]), images.shape[3], cotangent.shape[3]
+    if pixels * channels <= pixels * filters + 2 * channels * filters:  # else the product is turned, for the optimizer to read
         return _product_of_turned(_turned(images), cotangent)
     return _product_of_turned(_turned(cotangent), images).T
 
@@ -306,18 +432,21 @@ def _turned(x: Array) -> Array:
     channels take 18 at once and 11 so. Barriers keep XLA from undoing both; as integers, for of bfloat16 it would make float32
     at a barrier. In four dimensions and reshaped after: XLA holds what comes from a transpose to be stored by columns.
     """
-    bits = lax.bitcast_convert_type(x, jnp.uint16)
-    bits = lax.optimization_barrier(bits.transpose((0, 3, 1, 2)))
+    bits = lax.bitcast_convert_type(_turned_images(x), jnp.uint16)
     bits = lax.optimization_barrier(bits.transpose((1, 0, 2, 3)))
     return lax.bitcast_convert_type(bits, x.dtype).reshape(x.shape[3], -1)
 
 
+def _turned_images(x: Array) -> Array:
+    """`[batch, channels, height, width]` of `[batch, height, width, channels]`, stored in this order."""
+    if not _is_narrow(x):
+        return lax.optimization_barrier(x.transpose((0, 3, 1, 2)))
+    bits = lax.bitcast_convert_type(x, jnp.uint16)
+    return lax.bitcast_convert_type(lax.optimization_barrier(bits.transpose((0, 3, 1, 2))), x.dtype)
+
+
 def _flat(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
-
-
-def _product_over(left: Array, right: Array, left_axes: tuple[int, ...], right_axes: tuple[int, ...]) -> Array:
-    return _wide_product(left, right, left_axes, right_axes).astype(left.dtype)
 
 
 def _wide_product(left: Array, right: Array, left_axes: tuple[int, ...], right_axes: tuple[int, ...]) -> Array:

@@ -16,7 +16,7 @@ from cnnfamily import rng
 from cnnfamily.errors import UsageError, unknown
 from cnnfamily.models import initializers
 from cnnfamily.models.batch_norm import BatchNorm, parameter_dtype_of
-from cnnfamily.models.convolution import convolution
+from cnnfamily.models.convolution import convolution, matrix_product
 from cnnfamily.models.initializers import parameter
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -68,6 +68,7 @@ class Conv(nn.Module):
     bias: bool = False
     kernel_init: Callable | None = None
     bias_init: Callable = initializers.zeros
+    rounded: bool = True  # to `dtype`; else the dtype of sums, for what follows to round
     dtype: str = "float32"
 
     @nn.compact
@@ -85,11 +86,11 @@ class Conv(nn.Module):
             stride=(self.stride,) * 2,
             padding=tuple(tuple(pair) for pair in padding),
             groups=self.groups,
+            rounded=self.rounded and not self.bias,
         )
         if self.bias:
-            bias = parameter(self, "bias", self.bias_init, (self.filters,), parameter_dtype)
-            y = y + bias.astype(self.dtype)
-        return y
+            y = y + parameter(self, "bias", self.bias_init, (self.filters,), parameter_dtype)
+        return y.astype(self.dtype) if self.rounded else y
 
 
 class Linear(nn.Module):
@@ -105,11 +106,10 @@ class Linear(nn.Module):
     def __call__(self, x):
         parameter_dtype = parameter_dtype_of(self.dtype)
         kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.units), parameter_dtype)
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        y = matrix_product(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.bias:
-            bias = parameter(self, "bias", self.bias_init, (self.units,), parameter_dtype)
-            y = y + bias.astype(self.dtype)
-        return y
+            y = y + parameter(self, "bias", self.bias_init, (self.units,), parameter_dtype)
+        return y.astype(self.dtype)
 
 
 def logits(x: jax.Array) -> jax.Array:
@@ -131,19 +131,21 @@ def conv_and_norm(network: nn.Module, train: bool) -> tuple[Callable, Callable]:
     if not network.batch_norm and getattr(network, "zero_init_last", False):
         raise UsageError("zero_init_last=True with batch_norm=False: no norm is left whose scale could start at 0")
 
+    rounded = train or getattr(network, "preactivation", False)  # in training the norm keeps its input, in half the memory
+
     def conv(filters: int, kernel: int, stride: int = 1, **fields):
         fields = {"padding": getattr(network, "padding", "symmetric"), "bias": not network.batch_norm} | fields
-        return Conv(filters, kernel, stride, dtype=network.dtype, **fields)
+        return Conv(filters, kernel, stride, rounded=rounded, dtype=network.dtype, **fields)
 
     def norm(activation: Callable = ACTIVATIONS["identity"], group: int = network.norm_group, **fields):
         if not network.batch_norm:
-            return activation
+            return lambda x: activation(x).astype(network.dtype)
         statistics = (network.norm_momentum, network.norm_epsilon, group, network.axis_name)
-        layer = BatchNorm(train, *statistics, dtype=network.dtype, **fields)
+        layer = BatchNorm(train, *statistics, rounded=rounded, dtype=network.dtype, **fields)
         if not before:
-            return lambda x: layer(activation(x))
+            return lambda x: layer(activation(x)).astype(network.dtype)
         # In evaluation apart, so that what leaves the layer is what leaves torch's and Keras's.
-        return lambda x: layer(x, activation) if train else activation(layer(x))
+        return lambda x: layer(x, activation) if train else activation(layer(x)).astype(network.dtype)
 
     return conv, norm
 
