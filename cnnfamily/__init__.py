@@ -1,7 +1,7 @@
 """cnnfamily: the classic convolutional networks in JAX and Flax, exact to their papers, trained by one loop.
 
     models/      the networks: layers.py, one file a family; convolution.py chooses how a convolution is computed;
-                 cpu_forms.py, batch_norm.py and pooling.py have gradients of their own
+                 cpu_forms.py, cpu_depthwise.py, batch_norm.py and pooling.py have gradients of their own
     data/        sources.py (what images), batches.py (which, when), augment.py (changed how), feed.py (onto the devices);
                  known.py (the well-known sets); preprocessing.py (what images go through before published weights)
     step.py      the mathematics of one update; losses.py, optim.py and rng.py belong to it

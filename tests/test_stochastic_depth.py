@@ -302,7 +302,8 @@ def test_what_stands_in_the_conditional(name, platform):
     # Of ResNet two branches, forward and both gradients, two convolutions each; EfficientNet's are other operations on a CPU.
     count = len(set(inside) if platform == "cpu" else inside)  # there a kernel's gradient has a conditional of its own as well
     assert count == (2 * 3 * 2 if name == "resnet20_cifar" else 0)
-    assert hlo.count(" convolution(") > 0  # the stem's
+    # The stem's; of EfficientNet on a CPU a product of patches.
+    assert (" convolution(" in hlo) == (name == "resnet20_cifar")
     if platform == "cpu":
         assert all("dim_labels=b01f_01io->b01f" in line for line in inside)
         # Each batch norm has one for its moments and one in its gradient, each branch that may be dropped likewise.
@@ -341,7 +342,7 @@ def test_multiply_adds_of_the_compiled_step(form):
     net = create_model(
         "resnet20_cifar",
         stage_sizes=(2, 1),
-        filters=32,
+        filters=24,  # with 64 in the second stage a CPU lays images side by side, and multiplies what is between them
         resolution=16,
         stochastic_depth=rate,
         stochastic_depth_form=form,

@@ -2,16 +2,16 @@
 
 XLA's CPU compiler is slow at two kinds of convolution of which the mobile families are made: depthwise ones (the filter
 gradient it expands to a dense channels x channels convolution) and the filter gradient of 1x1 ones. It also is at the
-filter gradient of grouped ones and of those with many channels, at both gradients with a stride, at all in bfloat16, and
-at maps with fewer pixels than the kernel has taps, which small images leave at the end of a deep network. A
-convolution is bilinear, so each kind is written here as three products,
+filter gradient of grouped ones and of those with many or few channels, at both gradients with a stride, at all in
+bfloat16 or with 64 filters, and at maps with fewer pixels than the kernel has taps, which small images leave at the end
+of a deep network. A convolution is bilinear, so each kind is written here as three products,
 
     output(images, kernel)    to_images(cotangent, kernel)    to_kernel(images, cotangent)
 
 the second and third being the gradients of the first. The gradients of each of the three are the other two, so
-derivatives of any order stay among them. Each product is chosen at lowering: the form in `cpu_forms`, or the plain
-convolution and its transposes on every other platform. The choice stands inside the differentiation rules because
-the gradient of a conditional would keep the residuals of both branches.
+derivatives of any order stay among them. Each product is chosen at lowering: the form in `cpu_forms` or `cpu_depthwise`,
+or the plain convolution and its transposes on every other platform. The choice stands inside the differentiation rules
+because the gradient of a conditional would keep the residuals of both branches.
 """
 
 import contextlib
@@ -25,8 +25,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from cnnfamily.models import cpu_depthwise
 from cnnfamily.models import cpu_forms as cpu
-from cnnfamily.models.cpu_forms import Geometry, Pair
+from cnnfamily.models.geometry import NHWC, Geometry, Pair, sum_dtype
 
 KEPT = "convolution"  # under this name a policy of `jax.checkpoint` finds every output
 # (product, kind): its form on every other platform in place of the plain one, for experiments/speed/candidates.py to measure.
@@ -64,7 +65,7 @@ def convolution(
     columns, padding_columns = _live_taps(images.shape[2], kernel.shape[1], stride[1], padding[1])
     kernel = kernel[rows, columns]
     geometry = Geometry(images.shape[1:3], kernel.shape[:2], tuple(stride), (padding_rows, padding_columns), groups)
-    kind, rounded = _kind(images, kernel, geometry), rounded or cpu.sum_dtype(images) == images.dtype
+    kind, rounded = _kind(images, kernel, geometry), rounded or sum_dtype(images) == images.dtype
     if kind == "plain" and rounded and not _IN_A_BRANCH.get():
         output = _plain_output(images, kernel, geometry)
     else:
@@ -78,7 +79,7 @@ def matrix_product(x: Array, kernel: Array) -> Array:
     There as a convolution of one pixel: XLA's CPU compiler widens the operands of a product with a narrow result, and reads
     the gradient of the kernel across its rows. AlexNet, bfloat16, batch 16: 535 ms a step for 260 in float32, and @ so.
     """
-    if cpu.sum_dtype(x) == x.dtype:
+    if sum_dtype(x) == x.dtype:
         return x @ kernel
     pixels = x.reshape(-1, 1, 1, x.shape[-1])
     return convolution(pixels, kernel[None, None], rounded=False).reshape(*x.shape[:-1], kernel.shape[1])
@@ -162,7 +163,7 @@ def _plain_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
         kernel,
         geometry.stride,
         geometry.padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=NHWC,
         feature_group_count=geometry.groups,
     )
 
@@ -187,7 +188,7 @@ def _product(which: str, default: Callable, /, **on_cpu: Callable) -> jax.custom
     def product(left: Array, right: Array, geometry: Geometry) -> Array:
         here = on_cpu.get(geometry.kind, default)
         there = ELSEWHERE.get((which, geometry.kind), default)
-        dtype = left.dtype if geometry.rounded else cpu.sum_dtype(left)
+        dtype = left.dtype if geometry.rounded else sum_dtype(left)
 
         def form(compute: Callable) -> Callable:
             return lambda left, right: compute(left, right, geometry).astype(dtype)
@@ -200,7 +201,7 @@ def _product(which: str, default: Callable, /, **on_cpu: Callable) -> jax.custom
 _output = _product(
     "output",
     _plain_output,
-    depthwise=cpu.depthwise_output,
+    depthwise=cpu_depthwise.depthwise_output,
     pointwise=cpu.pointwise_output,
     patches=cpu.patches_output,
     plain=cpu.ordered_output,
@@ -221,7 +222,7 @@ _to_images = _product(
     dense=cpu.ordered_to_images,
     grouped=cpu.ordered_to_images,
     wide=cpu.ordered_to_images,
-    depthwise=cpu.depthwise_to_images,
+    depthwise=cpu_depthwise.depthwise_to_images,
     pointwise=cpu.pointwise_to_images,
     tiny=cpu.by_taps_to_images,
     halved=cpu.by_taps_to_images,
@@ -233,7 +234,7 @@ _to_kernel = _product(
     plain=cpu.ordered_to_kernel,
     dense=cpu.apart_to_kernel,
     tiny=cpu.ordered_to_kernel,
-    depthwise=cpu.depthwise_to_kernel,
+    depthwise=cpu_depthwise.depthwise_to_kernel,
     pointwise=cpu.pointwise_to_kernel,
     patches=cpu.patches_to_kernel,
     few=cpu.patches_to_kernel,

@@ -9,99 +9,19 @@ Times in this file: milliseconds, float32 unless it says bfloat16, batch 16, two
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-Pair = tuple[int, int]
-NHWC = ("NHWC", "HWIO", "NHWC")
+from cnnfamily.models.geometry import NHWC, Geometry, Pair, is_narrow, pad, seen_by_taps, spread, strided, sum_dtype
+
 # Where images are laid side by side, of filters the fewest, and what is too many, and of columns times filters.
 FEWEST_SHARED, MOST_SHARED, SHARED_COLUMNS = 64, 96, 64 * 112
 PIXELS_TOGETHER = 28 * 28  # the most of an image whose part in the gradient of a small kernel is a product of its own
 FEWEST_BY_IMAGES = 32  # channels and filters with which a kernel's gradient is a product for each image
-
-
-class Geometry(NamedTuple):
-    """What is static about one convolution, the batch left out; height before width."""
-
-    image_size: Pair
-    kernel_size: Pair
-    stride: Pair
-    padding: tuple[Pair, Pair]
-    groups: int
-    kind: str = "plain"
-    rounded: bool = True
-
-    @property
-    def output_size(self) -> Pair:
-        sides = zip(self.image_size, self.kernel_size, self.stride, self.padding, strict=True)
-        return tuple((size + sum(padding) - taps) // stride + 1 for size, taps, stride, padding in sides)
-
-    @property
-    def sides(self) -> Iterator["Side"]:
-        """Height and width."""
-        return map(Side, self.image_size, self.output_size, self.kernel_size, self.stride, self.padding)
-
-
-class Side(NamedTuple):
-    """One dimension of a convolution."""
-
-    size: int
-    outputs: int
-    taps: int
-    stride: int
-    padding: Pair
-
-
-# Depthwise: shifted multiply-adds, which XLA fuses into a single loop over the padded map. To pad each
-# product instead of the images is faster for a 3x3 alone (0.29 for 0.80 at 28x28x240, stride 2), but not between
-# batch norm and SiLU.
-
-
-def depthwise_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
-    return _multiply_add(images, kernel[:, :, 0], geometry.stride, geometry.padding)
-
-
-def depthwise_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
-    """Each of the stride x stride phases of the map is a correlation of stride 1 with the taps that reach it.
-
-    A cotangent dilated with zeros takes three times as long: 9.2 for 2.9 at 56x56x144, 5x5, stride 2.
-    """
-    (height, width), (row_stride, column_stride) = geometry.image_size, geometry.stride
-    rows, columns = -(-height // row_stride), -(-width // column_stride)
-
-    def phase(row, column):
-        row_taps, row_padding = _phase(row, 0, rows, cotangent.shape[1], geometry)
-        column_taps, column_padding = _phase(column, 1, columns, cotangent.shape[2], geometry)
-        flipped = kernel[row_taps, column_taps, 0][::-1, ::-1]
-        return _multiply_add(cotangent, flipped, (1, 1), (row_padding, column_padding)).astype(cotangent.dtype)
-
-    phases = jnp.stack([jnp.stack([phase(r, c) for c in range(column_stride)], 3) for r in range(row_stride)], 2)
-    images = phases.reshape(cotangent.shape[0], rows * row_stride, columns * column_stride, cotangent.shape[3])
-    return images[:, :height, :width]
-
-
-def _phase(phase: int, axis: int, size: int, outputs: int, geometry: Geometry) -> tuple[slice, Pair]:
-    """The taps that join pixels phase, phase + stride, ... to outputs, and the padding that yields `size` of them."""
-    stride, low = geometry.stride[axis], geometry.padding[axis][0]
-    shift, first = divmod(phase + low, stride)
-    taps = len(range(first, geometry.kernel_size[axis], stride))
-    before = taps - 1 - shift
-    return slice(first, None, stride), (before, size + taps - 1 - outputs - before)
-
-
-def depthwise_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
-    """Sums over the pixels, of nine taps at once or in bfloat16, whose products are longer programs, of a row of taps."""
-    dtype = sum_dtype(images)
-    windows = _windows(_pad(images, geometry.padding), geometry.kernel_size, geometry.stride, geometry.output_size)
-    products = [window.astype(dtype) * cotangent.astype(dtype) for window in windows]
-    together = 9 if images.dtype == dtype else geometry.kernel_size[1]
-    sums = [channel_sums(products[i : i + together]) for i in range(0, len(products), together)]
-    return jnp.concatenate(sums).astype(images.dtype).reshape(*geometry.kernel_size, 1, -1)
 
 
 def channel_sums(terms: Sequence[Array]) -> Array:
@@ -123,60 +43,22 @@ def channel_sums(terms: Sequence[Array]) -> Array:
     return jnp.stack([part.sum(axis=0) for part in sums])
 
 
-def _multiply_add(images: Array, kernel: Array, stride: Pair, padding: tuple[Pair, Pair]) -> Array:
-    """The depthwise correlation with a kernel [height, width, channels]."""
-    dtype = sum_dtype(images)
-    padded = _pad(images.astype(dtype), padding)
-    outputs = tuple((padded.shape[1 + axis] - kernel.shape[axis]) // stride[axis] + 1 for axis in (0, 1))
-    total = jnp.zeros((images.shape[0], *outputs, images.shape[3]), dtype)
-    taps = kernel.astype(dtype).reshape(-1, 1, 1, 1, kernel.shape[2])
-    for tap, window in enumerate(_windows(padded, kernel.shape[:2], stride, outputs)):
-        total += window * taps[tap]
-    return total
-
-
-def _windows(padded: Array, kernel_size: Pair, stride: Pair, outputs: Pair) -> list[Array]:
-    """For each tap, in row-major order, the pixels that it multiplies: [batch, *outputs, channels]."""
-    batch, channels = padded.shape[0], padded.shape[3]
-    last = [(count - 1) * step + 1 for count, step in zip(outputs, stride, strict=True)]
-    return [
-        lax.slice(padded, (0, r, c, 0), (batch, r + last[0], c + last[1], channels), (1, *stride, 1))
-        for r in range(kernel_size[0])
-        for c in range(kernel_size[1])
-    ]
-
-
-def _pad(images: Array, padding: tuple[Pair, Pair], between: Pair = (0, 0)) -> Array:
-    """Pads the two sides of height and width, and between pixels; a negative padding cuts off."""
-    height, width = ((*pair, inner) for pair, inner in zip(padding, between, strict=True))
-    return lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), height, width, (0, 0, 0)))
-
-
-def sum_dtype(images: Array) -> jnp.dtype:
-    """In which sums are kept: float32 for narrower numbers."""
-    return jnp.dtype(jnp.float32) if _is_narrow(images) else images.dtype
-
-
-def _is_narrow(images: Array) -> bool:
-    return jnp.finfo(images.dtype).bits < 32
-
-
 # 1x1: matrix products over the pixels that the stride leaves. The kernel's gradient gains most, 45 to 10 /
 # 57 to 13 at 14x14x1024 to 256; the others are equal or better, 12 to 8.7 / 11.3 to 10.9. bfloat16 operands with a
 # float32 result: 4.7 / 5.1, with a bfloat16 one 9.7 / 7.7. The kernel's gradient: see `_product_over_pixels`.
 
 
 def pointwise_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
-    return _wide_product(_strided(images, geometry.stride), kernel[0, 0], (3,), (0,))
+    return _wide_product(strided(images, geometry.stride), kernel[0, 0], (3,), (0,))
 
 
 def pointwise_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
     images = _wide_product(cotangent, kernel[0, 0], (3,), (1,)).astype(cotangent.dtype)
-    return _pad(images, *_spread((0, 0), geometry))
+    return pad(images, *spread((0, 0), geometry))
 
 
 def pointwise_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
-    product = _product_over_pixels(_strided(images, geometry.stride), cotangent)
+    product = _product_over_pixels(strided(images, geometry.stride), cotangent)
     return product.astype(images.dtype)[None, None]
 
 
@@ -203,7 +85,7 @@ def _patches(images: Array, geometry: Geometry) -> Array:
     pieces = -(-columns // step)
     low = geometry.padding[1][0]
     high = (outputs[1] + pieces - 1) * step - low - geometry.image_size[1]
-    padded = _pad(images, (geometry.padding[0], (low, high)))
+    padded = pad(images, (geometry.padding[0], (low, high)))
     padded = padded.reshape(batch, padded.shape[1], outputs[1] + pieces - 1, step * channels)
     last = (outputs[0] - 1) * geometry.stride[0] + 1
     seen = [
@@ -228,10 +110,10 @@ def grouped_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Ar
         return x.reshape(*x.shape[:3], geometry.groups, x.shape[3] // geometry.groups)
 
     shape = (*geometry.kernel_size, images.shape[3] // geometry.groups, cotangent.shape[3])
-    padded, cotangent = _pad(images, geometry.padding), split(cotangent)
+    padded, cotangent = pad(images, geometry.padding), split(cotangent)
     products = [
         jnp.einsum("nhwgi,nhwgo->igo", split(window), cotangent, preferred_element_type=sum_dtype(images))
-        for window in _windows(padded, geometry.kernel_size, geometry.stride, geometry.output_size)
+        for window in seen_by_taps(padded, geometry.kernel_size, geometry.stride, geometry.output_size)
     ]
     return jnp.stack(products).reshape(shape).astype(images.dtype)
 
@@ -250,9 +132,9 @@ def grouped_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Ar
 
 
 def by_taps_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
-    padded = _pad(images, geometry.padding)
+    padded = pad(images, geometry.padding)
     taps = kernel.reshape(-1, *kernel.shape[2:])
-    windows = _windows(padded, geometry.kernel_size, geometry.stride, geometry.output_size)
+    windows = seen_by_taps(padded, geometry.kernel_size, geometry.stride, geometry.output_size)
     products = [_wide_product(window, tap, (3,), (0,)) for window, tap in zip(windows, taps, strict=True)]
     return sum(products)
 
@@ -261,13 +143,13 @@ def by_taps_to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Ar
     total = 0
     for row, column in np.ndindex(*geometry.kernel_size):
         product = _wide_product(cotangent, kernel[row, column], (3,), (1,))
-        total += _pad(product, *_spread((row, column), geometry))
+        total += pad(product, *spread((row, column), geometry))
     return total.astype(cotangent.dtype)
 
 
 def by_taps_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
-    windows = _windows(_pad(images, geometry.padding), geometry.kernel_size, geometry.stride, geometry.output_size)
-    if _is_narrow(images):  # 28x28x128: 18 to 8.6, 14x14x256: 13 to 5.9, 56x56x128 with stride 2: 21 to 8.5 (JAX 0.10.2)
+    windows = seen_by_taps(pad(images, geometry.padding), geometry.kernel_size, geometry.stride, geometry.output_size)
+    if is_narrow(images):  # 28x28x128: 18 to 8.6, 14x14x256: 13 to 5.9, 56x56x128 with stride 2: 21 to 8.5 (JAX 0.10.2)
         turned = _turned(cotangent)
         products = [_product_of_turned(turned, window).T for window in windows]
     else:
@@ -329,7 +211,7 @@ def _ordered_convolution(
             preferred_element_type=sum_dtype(images),
         )
     columns, seen = width + low + high, kernel.shape[1]
-    row = _pad(images, ((0, 0), (low, high))).transpose((1, 0, 2, 3)).reshape(1, height, batch * columns, images.shape[3])
+    row = pad(images, ((0, 0), (low, high))).transpose((1, 0, 2, 3)).reshape(1, height, batch * columns, images.shape[3])
     row = lax.conv_general_dilated(
         row,
         kernel,
@@ -370,7 +252,7 @@ def by_images_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> 
     rows = max(rows for rows in range(1, height + 1) if height % rows == 0 and (rows == 1 or rows * width <= PIXELS_TOGETHER))
     parts = images.shape[0] * height // rows
     turned = _turned_images(cotangent.reshape(parts, rows, width, filters)).reshape(parts, filters, rows * width)
-    windows = _windows(_pad(images, geometry.padding), geometry.kernel_size, geometry.stride, geometry.output_size)
+    windows = seen_by_taps(pad(images, geometry.padding), geometry.kernel_size, geometry.stride, geometry.output_size)
     products = [
         lax.dot_general(
             turned,
@@ -384,19 +266,6 @@ def by_images_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> 
     return sums.reshape(*geometry.kernel_size, channels, filters).astype(images.dtype)
 
 
-def _spread(tap: Pair, geometry: Geometry) -> tuple[tuple[Pair, Pair], Pair]:
-    """The padding around the outputs, and the zeros between them, that put each onto the pixel that `tap` multiplies."""
-    around = []
-    for first, side in zip(tap, geometry.sides, strict=True):
-        start = first - side.padding[0]
-        around.append((start, side.size - start - (side.outputs - 1) * side.stride - 1))
-    return tuple(around), tuple(stride - 1 for stride in geometry.stride)
-
-
-def _strided(images: Array, stride: Pair) -> Array:
-    return lax.slice(images, (0, 0, 0, 0), images.shape, (1, *stride, 1))
-
-
 def _product_over_pixels(images: Array, cotangent: Array) -> Array:
     """[channels, filters], in the dtype of sums.
 
@@ -408,7 +277,7 @@ def _product_over_pixels(images: Array, cotangent: Array) -> Array:
     7.2; 7x7, 160 to 960: 0.84 to 0.58; a step of ResNet-50 1.19 to 1.03 s. In float32, alone, 8.0 to 4.3, 8.4 to 6.1, but 3.5
     to 5.1 at 112x112; ResNet-50 1.50 to 1.54 s.
     """
-    if not _is_narrow(images):
+    if not is_narrow(images):
         return _wide_product(_flat(cotangent), _flat(images), (0,), (0,)).T
     pixels, channels, filters = math.prod(images.shape[:3]), images.shape[3], cotangent.shape[3]
     if pixels * channels <= pixels * filters + 2 * channels * filters:  # else the product is turned, for the optimizer to read
@@ -439,7 +308,7 @@ def _turned(x: Array) -> Array:
 
 def _turned_images(x: Array) -> Array:
     """`[batch, channels, height, width]` of `[batch, height, width, channels]`, stored in this order."""
-    if not _is_narrow(x):
+    if not is_narrow(x):
         return lax.optimization_barrier(x.transpose((0, 3, 1, 2)))
     bits = lax.bitcast_convert_type(x, jnp.uint16)
     return lax.bitcast_convert_type(lax.optimization_barrier(bits.transpose((0, 3, 1, 2))), x.dtype)

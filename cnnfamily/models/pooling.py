@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from cnnfamily.models.cpu_forms import sum_dtype
+from cnnfamily.models.geometry import seen_by_taps, sum_dtype
 
 
 class Windows(NamedTuple):
@@ -70,14 +70,8 @@ def _padded(windows: Windows, x: Array) -> Array:
 
 def _seen_by_taps(windows: Windows, padded: Array) -> list[Array]:
     """For each tap of a window, row by row, what it sees in all windows: `[batch, height, width, channels]` of the output."""
-    batch, height, width, channels = padded.shape
-    side, stride = windows.side, windows.stride
-    last = [(size - side) // stride * stride + 1 for size in (height, width)]
-    return [
-        lax.slice(padded, (0, row, column, 0), (batch, row + last[0], column + last[1], channels), (1, stride, stride, 1))
-        for row in range(side)
-        for column in range(side)
-    ]
+    outputs = tuple((size - windows.side) // windows.stride + 1 for size in padded.shape[1:3])
+    return seen_by_taps(padded, (windows.side,) * 2, (windows.stride,) * 2, outputs)
 
 
 def _forward(x: Array, windows: Windows) -> tuple[Array, tuple[Array, Array]]:

@@ -50,10 +50,10 @@ MODELS = ["resnet50", "efficientnet_b0", "mobilenet_v3_large"]
 
 
 def shift_depthwise(backend: str) -> str | None:
-    from cnnfamily.models import convolution, cpu_forms
+    from cnnfamily.models import convolution, cpu_depthwise
 
     for product in ("output", "to_images", "to_kernel"):
-        convolution.ELSEWHERE[product, "depthwise"] = getattr(cpu_forms, f"depthwise_{product}")
+        convolution.ELSEWHERE[product, "depthwise"] = getattr(cpu_depthwise, f"depthwise_{product}")
     return "a CPU has this form as it is" if backend == "cpu" else None
 
 

@@ -1,4 +1,4 @@
-"""Milliseconds of every form of a convolution in `cnnfamily/models/cpu_forms.py`, beside the plain one and others.
+"""Milliseconds of every form of a convolution in `cpu_forms.py` and `cpu_depthwise.py`, beside the plain one and others.
 
 `python experiments/speed/forms.py [PATTERN]` on a CPU with nothing else running; PATTERN is part of a row's name. Each
 product of each shape runs in all its forms in turn, after one call that compiles it. Prints a Markdown table.
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from cnnfamily import memory
-from cnnfamily.models import convolution, cpu_forms
-from cnnfamily.models.cpu_forms import Geometry
+from cnnfamily.models import convolution, cpu_depthwise, cpu_forms
+from cnnfamily.models.geometry import Geometry, pad, seen_by_taps
 
 BATCH, ROUNDS = 16, 7
 POINTWISE = ((112, 32, 16), (112, 16, 96), (56, 24, 144), (56, 144, 24), (56, 64, 64), (56, 64, 256), (56, 256, 64))
@@ -53,25 +53,31 @@ def kernel_turned(images: Array, cotangent: Array, geometry: Geometry) -> Array:
 
 def kernel_by_rows(images: Array, cotangent: Array, geometry: Geometry) -> Array:
     """A product for each row of the kernel, its windows side by side."""
-    padded, wide = cpu_forms._pad(images, geometry.padding), geometry.kernel_size[1]
-    windows = cpu_forms._windows(padded, geometry.kernel_size, geometry.stride, geometry.output_size)
+    windows, wide = all_seen(images, geometry), geometry.kernel_size[1]
     rows = [jnp.concatenate([flat(x) for x in windows[i : i + wide]], 1) for i in range(0, len(windows), wide)]
     return jnp.stack([product(row, flat(cotangent), (0,)) for row in rows]).astype(images.dtype)
 
 
 def taps(images: Array, cotangent: Array, geometry: Geometry, one: Callable) -> Array:
-    padded = cpu_forms._pad(images, geometry.padding)
-    windows = cpu_forms._windows(padded, geometry.kernel_size, geometry.stride, geometry.output_size)
-    return jnp.stack([one(window) for window in windows]).astype(images.dtype)
+    return jnp.stack([one(window) for window in all_seen(images, geometry)]).astype(images.dtype)
 
 
-def forms(kind: str, which: str) -> dict[str, Callable]:
-    """By name; "ours" is what a CPU gets if `convolution` gives the shape this kind."""
+def all_seen(images: Array, geometry: Geometry) -> list[Array]:
+    return seen_by_taps(pad(images, geometry.padding), geometry.kernel_size, geometry.stride, geometry.output_size)
+
+
+def forms(kind: str, which: str, channels: int) -> dict[str, Callable]:
+    """By name; "ours" is what a CPU gets if `convolution` gives the shape this kind, of a dense one a product a tap."""
     prefix = {"dense": "by_taps"}.get(kind, kind)
-    found = {"plain": getattr(convolution, f"_plain_{which}"), "ours": getattr(cpu_forms, f"{prefix}_{which}")}
+    ours = cpu_depthwise if kind == "depthwise" else cpu_forms
+    found = {"plain": getattr(convolution, f"_plain_{which}"), "ours": getattr(ours, f"{prefix}_{which}")}
     if which == "to_kernel" and kind != "depthwise":
         found |= {"4-D": kernel_in_4d, "2-D": kernel_in_2d, "2-D turned": kernel_turned}
-        found |= {"by rows": kernel_by_rows} if kind == "dense" else {}
+    if kind == "dense":
+        found["ordered"] = getattr(cpu_forms, f"ordered_{which}")
+        found |= {"by rows": kernel_by_rows, "by images": cpu_forms.by_images_to_kernel} if which == "to_kernel" else {}
+        if channels <= convolution.MOST_FEW and which != "to_images":
+            found["patches"] = getattr(cpu_forms, f"patches_{which}")
     return found
 
 
@@ -108,7 +114,7 @@ def main(pattern: str) -> None:
             for which, (left, right) in operands.items():
                 name = f"{kind} {which} {dtype} {side}x{side}, {channels} to {filters}, {size}x{size}, stride {stride}"
                 if pattern in name:
-                    found = measure(forms(kind, which), left, right, geometry)
+                    found = measure(forms(kind, which, channels), left, right, geometry)
                     least = min(found.values())
                     shown = {one: f"{'**' * (ms == least)}{ms:.2f}{'**' * (ms == least)}" for one, ms in found.items()}
                     others = ", ".join(f"{one} {ms}" for one, ms in shown.items() if one not in ("plain", "ours"))

@@ -12,8 +12,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from cnnfamily.models import convolution, cpu_forms
-from cnnfamily.models.cpu_forms import Geometry
+from cnnfamily.models import convolution
+from cnnfamily.models.geometry import Geometry, pad
 
 MOST_COLUMNS, MOST_CHANNELS = 16, 64  # of the tile that a program computes, powers of two
 
@@ -31,7 +31,7 @@ def to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
 
 
 def _correlate(images: Array, kernel: Array, stride: tuple[int, int], padding: tuple) -> Array:
-    padded = cpu_forms._pad(images, padding)
+    padded = pad(images, padding)
     batch, _, _, channels = padded.shape
     height, width = ((padded.shape[1 + i] - kernel.shape[i]) // stride[i] + 1 for i in (0, 1))
     columns = min(MOST_COLUMNS, pl.next_power_of_2(width))

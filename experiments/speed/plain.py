@@ -38,9 +38,11 @@ def conv(
     bias: bool = False,
     kernel_init: Callable | None = None,
     bias_init: Callable = initializers.zeros,
+    rounded: bool = True,
     dtype: str = "float32",
     name: str | None = None,
 ) -> nn.Conv:
+    """Which rounds whether it is told to or not, as does `batch_norm`."""
     return nn.Conv(
         filters,
         (kernel, kernel),
@@ -62,6 +64,7 @@ def batch_norm(
     group: int = 0,
     axis_name: str | None = None,
     scale_init: Callable = initializers.ones,
+    rounded: bool = True,
     dtype: str = "float32",
     name: str | None = None,
 ) -> Callable:
