@@ -44,6 +44,13 @@ def x64():
         yield
 
 
+@pytest.fixture
+def on_cpu():
+    """Skips a test of what only a CPU gets, in the suite's run on a GPU."""
+    if jax.default_backend() != "cpu":
+        pytest.skip(f"of a CPU alone, and this is a {jax.default_backend()}")
+
+
 def short_config(**overrides):
     """LeNet-5 on the digits for 88 steps; `group__key=value` sets `group.key`."""
     return configs.load_config(LENET, SHORT | {key.replace("__", "."): value for key, value in overrides.items()})

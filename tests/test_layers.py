@@ -117,7 +117,8 @@ def test_hard_activations(name, expected):
     np.testing.assert_allclose(layers.ACTIVATIONS[name](x), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("fields", [{}, {"batch_norm": False}, {"norm_place": "after"}])
+@pytest.mark.usefixtures("on_cpu")  # elsewhere after the convolution too
+@pytest.mark.parametrize("fields", [{}, {"batch_norm": False}, {"norm_place": "after"}, {"preactivation": True}])
 def test_in_evaluation_bfloat16_is_rounded_once(fields):
     """From a convolution to the activation behind its norm: in float32 from the same operands and rounded, but for ties."""
     network = create_model("resnet20_cifar", **fields)
@@ -128,7 +129,7 @@ def test_in_evaluation_bfloat16_is_rounded_once(fields):
         @nn.compact
         def __call__(self, x):
             conv, norm = conv_and_norm(network.clone(dtype=self.dtype, parent=None), train=False)
-            return norm(nn.silu, name="norm")(conv(8, 3, name="conv")(x))
+            return norm(nn.silu, name="norm")(x if network.preactivation else conv(8, 3, name="conv")(x))
 
     x = jnp.asarray(draw(2, 9, 9, 4), jnp.bfloat16)
     variables = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), Part("float32").init(jax.random.key(0), x))

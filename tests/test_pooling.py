@@ -46,6 +46,14 @@ def test_equals_jax_in_value_and_gradient(x64, size, window, stride, padding, ed
     np.testing.assert_allclose(np.float64(gradient), np.float64(expected_gradient), rtol=tolerance, atol=tolerance)
 
 
+def test_windows_beyond_the_map_give_nothing():
+    for size, window, edges in (((2, 5), 3, ((0, 0), (0, 0))), ((1, 1), 4, ((1, 0), (0, 1)))):
+        x = jnp.ones((1, *size, 2))
+        assert max_pool(x, window, 2, edges).size == 0
+        np.testing.assert_array_equal(jax.grad(lambda x, *how: max_pool(x, *how).sum())(x, window, 2, edges), jnp.zeros_like(x))
+
+
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_on_a_cpu_no_window_is_left(dtype):
     """XLA's compiler runs through each number by number."""

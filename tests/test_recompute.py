@@ -1,8 +1,10 @@
 """`Objective.recompute`: the same update and the same random choices. What it saves, a GPU will tell."""
 
 import functools
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -46,3 +48,13 @@ def test_the_same_update(x64, name):
     (expected, metrics), (found, same) = kept(*arguments), anew(*arguments)
     assert float(metrics["grad_norm"]) > 0.1
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), (found, same), (expected, metrics))
+
+
+def test_what_is_kept_of_a_convolution_with_a_bias_is_rounded():
+    """Twice the memory else: with a bias the sums stay in float32 until it is added."""
+    network = create_model("vgg11", width=0.125, num_classes=10, dtype="bfloat16")
+    variables = jax.eval_shape(lambda: initialize(network, jax.random.key(0), resolution=32))
+    apply = functools.partial(network.apply, train=True, rngs={"dropout": jax.random.key(0)})
+    program = str(jax.make_jaxpr(apply)(variables, jnp.ones((2, 32, 32, 3))))
+    kept = re.findall(r":(\w+)\[[\d,]*\] = name\[name=convolution\]", program)
+    assert kept == ["bf16"] * 8

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from cnnfamily import rng
 from cnnfamily.errors import UsageError, unknown
 from cnnfamily.models import initializers
 from cnnfamily.models.batch_norm import BatchNorm, parameter_dtype_of
-from cnnfamily.models.convolution import convolution, matrix_product
+from cnnfamily.models.convolution import KEPT, convolution, matrix_product
 from cnnfamily.models.initializers import parameter
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -90,7 +91,7 @@ class Conv(nn.Module):
         )
         if self.bias:
             y = y + parameter(self, "bias", self.bias_init, (self.filters,), parameter_dtype)
-        return y.astype(self.dtype) if self.rounded else y
+        return checkpoint_name(y.astype(self.dtype), KEPT) if self.rounded and self.bias else y
 
 
 class Linear(nn.Module):
@@ -122,7 +123,8 @@ def conv_and_norm(network: nn.Module, train: bool) -> tuple[Callable, Callable]:
 
     `conv(filters, kernel, stride, ...)` is a `Conv`, with a bias where the network has no batch norm. `norm(activation, ...)`
     is a `BatchNorm` and an activation (default: none), in the order of `network.norm_place`; the activation alone where
-    `network.batch_norm` is False. Both map `[batch, height, width, channels]`.
+    `network.batch_norm` is False. Both map `[batch, height, width, channels]`. In evaluation `conv` leaves the rounding to
+    `norm`, which has to follow; not with `network.preactivation`, where a sum may follow.
 
     Raises:
       UsageError: an unknown `norm_place`, or `zero_init_last` without a norm.
@@ -131,7 +133,7 @@ def conv_and_norm(network: nn.Module, train: bool) -> tuple[Callable, Callable]:
     if not network.batch_norm and getattr(network, "zero_init_last", False):
         raise UsageError("zero_init_last=True with batch_norm=False: no norm is left whose scale could start at 0")
 
-    rounded = train or getattr(network, "preactivation", False)  # in training the norm keeps its input, in half the memory
+    rounded = train or getattr(network, "preactivation", False)  # in training the norm keeps what it gets
 
     def conv(filters: int, kernel: int, stride: int = 1, **fields):
         fields = {"padding": getattr(network, "padding", "symmetric"), "bias": not network.batch_norm} | fields
@@ -141,7 +143,7 @@ def conv_and_norm(network: nn.Module, train: bool) -> tuple[Callable, Callable]:
         if not network.batch_norm:
             return lambda x: activation(x).astype(network.dtype)
         statistics = (network.norm_momentum, network.norm_epsilon, group, network.axis_name)
-        layer = BatchNorm(train, *statistics, rounded=rounded, dtype=network.dtype, **fields)
+        layer = BatchNorm(train, *statistics, rounded=train, dtype=network.dtype, **fields)
         if not before:
             return lambda x: layer(activation(x)).astype(network.dtype)
         # In evaluation apart, so that what leaves the layer is what leaves torch's and Keras's.

@@ -30,10 +30,12 @@ class Windows(NamedTuple):
 def max_pool(x: Array, window: int, stride: int, edges: Sequence[Sequence[int]] = ((0, 0), (0, 0))) -> Array:
     """Maxima of the square windows that lie wholly in the image and its `edges`, the padding ((top, bottom), (left, right)).
 
-    `[batch, height, width, channels]`, floating. The gradient goes to the first maximum of a window, row by row. Differentiable
-    by reverse mode alone.
+    `[batch, height, width, channels]`, floating; nothing where no window does. The gradient goes to the first maximum of a
+    window, row by row. Differentiable by reverse mode alone.
     """
-    return _max_pool(x, Windows(window, stride, tuple(tuple(int(pad) for pad in pair) for pair in edges)))
+    windows = Windows(window, stride, tuple(tuple(int(pad) for pad in pair) for pair in edges))
+    beyond = any(size + sum(pair) < window for size, pair in zip(x.shape[1:3], edges, strict=True))
+    return _output(windows, x) if beyond else _max_pool(x, windows)
 
 
 def max_pool_to_the_edge(x: Array, window: int, stride: int, padding: int = 0) -> Array:

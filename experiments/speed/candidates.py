@@ -95,6 +95,7 @@ def pad_the_stem(backend: str) -> str | None:
         return plain(images, kernel, geometry)
 
     convolution._plain_output = padded
+    convolution.ELSEWHERE |= dict.fromkeys([("output", "few"), ("output", "patches")], padded)
 
 
 def keep_convolutions_alone(backend: str) -> str | None:

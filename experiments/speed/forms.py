@@ -8,7 +8,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +66,7 @@ def all_seen(images: Array, geometry: Geometry) -> list[Array]:
 
 
 def forms(kind: str, which: str, channels: int) -> dict[str, Callable]:
-    """By name; "ours" is what a CPU gets if `convolution` gives the shape this kind, of a dense one a product a tap."""
+    """By name; "ours" is what a CPU gets if `convolution` gives the shape this kind, of a dense one a product for each tap."""
     prefix = {"dense": "by_taps"}.get(kind, kind)
     ours = cpu_depthwise if kind == "depthwise" else cpu_forms
     found = {"plain": getattr(convolution, f"_plain_{which}"), "ours": getattr(ours, f"{prefix}_{which}")}
@@ -82,7 +81,10 @@ def forms(kind: str, which: str, channels: int) -> dict[str, Callable]:
 
 
 def measure(functions: dict[str, Callable], left: Array, right: Array, geometry: Geometry) -> dict[str, float]:
-    compiled = {name: jax.jit(partial(f, geometry=geometry)).lower(left, right).compile() for name, f in functions.items()}
+    def rounded(form: Callable) -> Callable:
+        return lambda left, right: form(left, right, geometry).astype(left.dtype)
+
+    compiled = {name: jax.jit(rounded(form)).lower(left, right).compile() for name, form in functions.items()}
     seconds = {name: [] for name in compiled}
     for _ in range(ROUNDS + 1):
         for name, run in compiled.items():
