@@ -176,6 +176,11 @@ LEFT = {"depthwise": 0, "1x1": 0, "tiny": 1, "grouped": 2, "strided": 1, "wide":
 LEFT |= {"by images": 2, "side by side": 3, "and back": 3, "few": 2, "patches": 1, "plain": 3, "halved": 2}
 
 
+# For what JAX does with them: vmap, devices, exports. Of the variants that others stand for with `-m full`.
+VARIANTS = ("side by side", "and back", "plain", "halved", "few")
+TRANSFORMED = [pytest.param(kind, marks=[pytest.mark.full] if kind in VARIANTS else []) for kind in KINDS]
+
+
 def of_kind(kind, convolve=convolution, dtype=np.float64, batch=2, size=(5, 6)):
     geometry = dict(KINDS[kind])
     taps, channels, filters = geometry.pop("taps"), geometry.pop("channels", 4), geometry.pop("filters")
@@ -236,7 +241,7 @@ def test_the_gradient_of_the_gradient(kind):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12), found, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRANSFORMED)
 def test_vmap_over_images_and_kernels(kind):
     ours, (images, kernel) = of_kind(kind, batch=6)
     stacked = images.reshape(3, 2, *images.shape[1:]), jnp.stack([kernel, 2 * kernel, -kernel])
@@ -249,7 +254,7 @@ def test_vmap_over_images_and_kernels(kind):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13), *both(*stacked))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRANSFORMED)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_sums_the_kernel_gradient_over_devices(kind, check_vma):
     """On as many CPU devices as the session has; the types of the varying axes are checked even on one."""
@@ -268,7 +273,7 @@ def test_shard_map_sums_the_kernel_gradient_over_devices(kind, check_vma):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13), found, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRANSFORMED)
 def test_images_that_are_placed_on_a_mesh_need_no_jit(kind):
     """As a batch of a feed in a notebook. Of one device, where it failed; on eight it did not."""
     ours, (images, kernel) = of_kind(kind, batch=8)
@@ -281,7 +286,7 @@ def all_products(kind, images, kernel):
     return products(of_kind(kind)[0], images, kernel)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRANSFORMED)
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_each_platform_gets_its_own_program(kind, platform):
     """An export from this machine for another: the plain convolution thrice there, none here."""
@@ -290,7 +295,7 @@ def test_each_platform_gets_its_own_program(kind, platform):
     assert module.count("stablehlo.convolution") == (LEFT[kind] if platform == "cpu" else 3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRANSFORMED)
 def test_one_export_for_two_platforms_runs_here(kind):
     given = of_kind(kind, dtype=jnp.float32)[1]
     exported = export.export(jax.jit(partial(all_products, kind)), platforms=["cpu", "cuda"])(*given)
