@@ -62,10 +62,10 @@ def pointwise_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> 
     return product.astype(images.dtype)[None, None]
 
 
-# Few channels, as at the start of a network: all that an output sees side by side, and one product. JAX 0.10.2, 224x224x3,
-# stride 2, 3x3 to 32: 12.1 to 5.0, bfloat16 14 to 5.4; with stride 1, or 7x7, the convolution is faster (22 for 29 to
-# 64). The gradient of the kernel: 8.3 to 5.3; 7x7, stride 2, to 64: 59 to 38; 3x3, stride 1, to 64: 59 to 37; to 16 filters
-# neither is faster.
+# Few channels, as at the start of a network: all that an output sees side by side, and one product. 224x224x3, stride 2, 3x3
+# to 32, JAX 0.10.2: 12.1 to 5.0, bfloat16 14 to 5.4; 0.12.0.1: 4.7 to 7.1, bfloat16 8.0 to 6.8; with stride 1, or 7x7, the
+# convolution is faster (22 for 29 to 64). The gradient of the kernel: 8.3 / 8.8 to 5.3 / 6.5; 7x7, stride 2, to 64: 59 / 51
+# to 38 / 52; 3x3, stride 1, to 64: 59 to 37; to 16 filters neither is faster.
 
 
 def patches_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
@@ -194,8 +194,9 @@ def _ordered_convolution(
 ) -> Array:
     """In the dtype of sums, with `between - 1` zeros between the pixels of the images.
 
-    YNNPACK shares out filters times columns among threads, and nothing else: with 64 filters a second thread has work from 112
-    columns on. So all images are laid side by side: 56x56x64, 3x3, 19 to 9.5.
+    YNNPACK shares out filters times columns among threads, and nothing else: with 64 filters a second thread has work from
+    112 columns on. So all images are laid side by side: 56x56x64, 3x3, JAX 0.10.2, 19 to 9.5 (0.12.0.1 shares this out
+    itself: 10.8 and 11.8).
     """
     batch, height, width, filters = *images.shape[:3], kernel.shape[3]
     low, high = padding[1]
@@ -245,9 +246,9 @@ def apart_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Arra
 def by_images_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
     """For each tap a product for each image, or part of one, which are summed: threads share them out, and the kernel is small.
 
-    The ordered convolution and so (JAX 0.10.2, batch of the last two 128): 56x56x64 28 to 20, bfloat16 28 to 15; 112x112x64
-    222 to 78, and 232 to 61; 8x8x64 5.0 to 2.3; 16x16x32 6.2 to 3.6. By taps 33 and 27, 132 and 126, 5.0, 4.4. With more
-    channels the sums of the products cost more than they gain: 14x14x256 36, by taps 13.
+    The ordered convolution and so (JAX 0.10.2, batch of the last two 128): 56x56x64 28 to 20, bfloat16 28 to 15 (0.12.0.1: 20
+    to 23, 18 to 12); 112x112x64 222 to 78, and 232 to 61; 8x8x64 5.0 to 2.3; 16x16x32 6.2 to 3.6. By taps 33 and 27, 132 and
+    126, 5.0, 4.4. With more channels the sums of the products cost more than they gain: 14x14x256 36, by taps 13.
     """
     (height, width), channels, filters = geometry.output_size, images.shape[3], cotangent.shape[3]
     rows = max(rows for rows in range(1, height + 1) if height % rows == 0 and (rows == 1 or rows * width <= PIXELS_TOGETHER))

@@ -1,10 +1,11 @@
 """Maximum over windows, with forms of its own on a CPU.
 
-XLA's CPU compiler runs through the windows of `reduce_window` number by number: 12.0 ms, and in bfloat16 24.5, at 112x112x64,
-3x3 with stride 2; as maxima of shifted maps, which vectorise, 3.9 and 3.5. 28x28x256, stride 1: 6.3 and 20.9 to 1.5 and
-2.3; 2x2 at 224x224x64: 6.7 and 3.1 to 5.7 and 2.8 (batch 16, two Zen 5 cores, JAX 0.10.2, medians of 9). The gradient it
-writes as a window over pairs of values and positions: of a step of ResNet-50 that took a tenth. Here the first tap that holds
-the maximum is found once for each output, and each pixel sums over the windows that it lies in.
+XLA's CPU compiler runs through the windows of `reduce_window` number by number: 12.0 ms, and in bfloat16 24.5, at
+112x112x64, 3x3 with stride 2; as maxima of shifted maps, which vectorise, 3.9 and 3.5 (0.12.0.1: 21 and 77, 6.1 and 6.3).
+28x28x256, stride 1: 6.3 and 20.9 to 1.5 and 2.3; 2x2 at 224x224x64: 6.7 and 3.1 to 5.7 and 2.8 (batch 16, two Zen 5 cores,
+JAX 0.10.2, medians of 9). The gradient it writes as a window over pairs of values and positions: of a step of ResNet-50
+that took a tenth. Here the first tap that holds the maximum is found once for each output, and each pixel sums over the
+windows that it lies in.
 """
 
 from collections.abc import Sequence
