@@ -1,11 +1,14 @@
 """The shared layers against values worked out by hand, and batch normalisation on any number of devices."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import mesh_of
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -137,6 +140,44 @@ def test_in_evaluation_bfloat16_is_rounded_once(fields):
     exact = jax.jit(Part("float32").apply)(variables, x.astype(jnp.float32))
     assert found.dtype == jnp.bfloat16
     assert np.mean(found == exact.astype(jnp.bfloat16)) > 0.99
+
+
+def test_in_evaluation_a_sum_is_rounded_once():
+    """Squeeze-and-excitation and the sum with the shortcut, in float32 from norms that are not rounded, but for ties."""
+    network = create_model("resnet20_cifar", dtype="bfloat16", stage_sizes=(1, 1), shortcut="B", se_reduction=4)
+    images = jnp.asarray(draw(4, 8, 8, 3))
+    variables = network.init(jax.random.key(0), images)
+    apply = jax.jit(partial(network.apply, capture_intermediates=lambda module, _: "stage2_block1" in module.path))
+    found = flatten_dict(apply(variables, images)[1]["intermediates"]["stage2_block1"], sep="/")
+    gated = found["branch/se/__call__"][0]
+    assert gated.dtype == jnp.float32
+    gate = nn.sigmoid(found["branch/se/expand/__call__"][0]).astype(jnp.float32)
+    np.testing.assert_allclose(gated, found["branch/norm2/__call__"][0] * gate, rtol=2**-7)  # the gate is in bfloat16
+    output = found["__call__"][0]
+    assert output.dtype == jnp.bfloat16
+    expected = nn.relu(gated + found["shortcut/norm/__call__"][0]).astype(jnp.bfloat16)
+    assert np.mean(output == expected) > 0.99
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small"])
+def test_in_evaluation_squeeze_and_excitation_sees_what_is_not_rounded(name):
+    network = create_model(name, dtype="bfloat16")
+    streams = {stream: jax.random.key(0) for stream in ("params", "stochastic_depth", "dropout")}
+    seen = []
+
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, SqueezeExcite) and context.method_name == "__call__":
+            seen.append(args[0].dtype)
+        return call(*args, **kwargs)
+
+    def inputs(**fields):
+        seen.clear()
+        with nn.intercept_methods(record):
+            jax.eval_shape(partial(network.init, **fields), streams, jnp.zeros((1, 32, 32, 3)))
+        return set(seen)
+
+    assert inputs() == {jnp.dtype("float32")}
+    assert inputs(train=True) == {jnp.dtype("bfloat16")}
 
 
 # Batch normalisation

@@ -5,7 +5,7 @@ batch norm and SiLU. What the times are: see `cpu_forms`.
 """
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from cnnfamily.models.cpu_forms import channel_sums
 from cnnfamily.models.geometry import Geometry, Pair, pad, seen_by_taps, sum_dtype
@@ -54,9 +54,14 @@ def depthwise_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> 
 
 
 def _multiply_add(images: Array, kernel: Array, stride: Pair, padding: tuple[Pair, Pair]) -> Array:
-    """The depthwise correlation with a kernel [height, width, channels]."""
+    """The depthwise correlation with a kernel [height, width, channels].
+
+    The barrier: of the tap in the middle XLA would read the images, and not the padded map, so that both had to be written
+    first. EfficientNet-B0 infers in 98 ms without and 90 so, in bfloat16 96 and 94, MobileNetV2 in 58 and 54, 50 and 48
+    (folded, JAX 0.10.2, in turn, n = 15); in training it makes no difference.
+    """
     dtype = sum_dtype(images)
-    padded = pad(images.astype(dtype), padding)
+    padded = lax.optimization_barrier(pad(images.astype(dtype), padding))
     outputs = tuple((padded.shape[1 + axis] - kernel.shape[axis]) // stride[axis] + 1 for axis in (0, 1))
     total = jnp.zeros((images.shape[0], *outputs, images.shape[3]), dtype)
     taps = kernel.astype(dtype).reshape(-1, 1, 1, 1, kernel.shape[2])

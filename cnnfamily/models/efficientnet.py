@@ -57,7 +57,7 @@ class MBConv(nn.Module):
         if expanded != x.shape[-1]:
             y = self.norm(self.activation, name="expand_norm")(self.conv(expanded, 1, name="expand")(y))
         y = self.conv(expanded, self.kernel, self.stride, groups=expanded, name="depthwise")(y)
-        y = self.norm(self.activation, name="depthwise_norm")(y)
+        y = self.norm(self.activation, rounded=not self.squeezed, name="depthwise_norm")(y)
         if self.squeezed:
             y = SqueezeExcite(self.squeezed, self.activation, dtype=self.dtype, name="se")(y)
         return self.norm(scale_init=self.last_scale_init, name="project_norm")(self.conv(self.filters, 1, name="project")(y))

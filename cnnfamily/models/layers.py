@@ -124,7 +124,8 @@ def conv_and_norm(network: nn.Module, train: bool) -> tuple[Callable, Callable]:
     `conv(filters, kernel, stride, ...)` is a `Conv`, with a bias where the network has no batch norm. `norm(activation, ...)`
     is a `BatchNorm` and an activation (default: none), in the order of `network.norm_place`; the activation alone where
     `network.batch_norm` is False. Both map `[batch, height, width, channels]`. In evaluation `conv` leaves the rounding to
-    `norm`, which has to follow; not with `network.preactivation`, where a sum may follow.
+    `norm`, which has to follow; not with `network.preactivation`, where a sum may follow. `norm(..., rounded=False)` leaves it
+    to what follows in turn, a sum or squeeze-and-excitation; in training all is rounded.
 
     Raises:
       UsageError: an unknown `norm_place`, or `zero_init_last` without a norm.
@@ -133,21 +134,24 @@ def conv_and_norm(network: nn.Module, train: bool) -> tuple[Callable, Callable]:
     if not network.batch_norm and getattr(network, "zero_init_last", False):
         raise UsageError("zero_init_last=True with batch_norm=False: no norm is left whose scale could start at 0")
 
-    rounded = train or getattr(network, "preactivation", False)  # in training the norm keeps what it gets
+    conv_rounds = train or getattr(network, "preactivation", False)  # in training the norm keeps what it gets
 
     def conv(filters: int, kernel: int, stride: int = 1, **fields):
         fields = {"padding": getattr(network, "padding", "symmetric"), "bias": not network.batch_norm} | fields
-        return Conv(filters, kernel, stride, rounded=rounded, dtype=network.dtype, **fields)
+        return Conv(filters, kernel, stride, rounded=conv_rounds, dtype=network.dtype, **fields)
 
-    def norm(activation: Callable = ACTIVATIONS["identity"], group: int = network.norm_group, **fields):
+    def norm(activation: Callable = ACTIVATIONS["identity"], group: int = network.norm_group, rounded: bool = True, **fields):
+        def leave(x):
+            return x.astype(network.dtype) if train or rounded else x
+
         if not network.batch_norm:
-            return lambda x: activation(x).astype(network.dtype)
+            return lambda x: leave(activation(x))
         statistics = (network.norm_momentum, network.norm_epsilon, group, network.axis_name)
         layer = BatchNorm(train, *statistics, rounded=train, dtype=network.dtype, **fields)
         if not before:
-            return lambda x: layer(activation(x)).astype(network.dtype)
+            return lambda x: leave(layer(activation(x)))
         # In evaluation apart, so that what leaves the layer is what leaves torch's and Keras's.
-        return lambda x: layer(x, activation) if train else activation(layer(x)).astype(network.dtype)
+        return lambda x: layer(x, activation) if train else leave(activation(layer(x)))
 
     return conv, norm
 
@@ -164,7 +168,8 @@ class SqueezeExcite(nn.Module):
     def __call__(self, x):
         mean = x.mean(axis=(1, 2), keepdims=True, dtype=parameter_dtype_of(self.dtype))
         hidden = self.activation(Conv(self.squeezed, 1, bias=True, dtype=self.dtype, name="reduce")(mean))
-        return x * self.gate(Conv(x.shape[-1], 1, bias=True, dtype=self.dtype, name="expand")(hidden))
+        gate = self.gate(Conv(x.shape[-1], 1, bias=True, dtype=self.dtype, name="expand")(hidden))
+        return x * gate.astype(x.dtype)
 
 
 def adaptive_average(x: jax.Array, size: int) -> jax.Array:

@@ -83,7 +83,7 @@ class Bottleneck(nn.Module):
         if self.expanded != x.shape[-1]:
             x = self.norm(self.activation, name="expand_norm")(self.conv(self.expanded, 1, name="expand")(x))
         x = self.conv(self.expanded, self.kernel, self.stride, groups=self.expanded, name="depthwise")(x)
-        x = self.norm(self.activation, name="depthwise_norm")(x)
+        x = self.norm(self.activation, rounded=not self.squeezed, name="depthwise_norm")(x)
         if self.squeezed:
             x = SqueezeExcite(self.squeezed, gate=ACTIVATIONS["hard_sigmoid"], dtype=self.dtype, name="se")(x)
         return self.norm(scale_init=self.last_scale_init, name="project_norm")(self.conv(self.filters, 1, name="project")(x))

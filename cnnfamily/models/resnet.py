@@ -46,7 +46,7 @@ class Shortcut(nn.Module):
         if x.shape == shape and self.kind != "C":
             return x
         if self.kind in ("B", "C"):
-            return self.norm(name="norm")(self.conv(shape[-1], 1, self.stride, name="conv")(x))
+            return self.norm(rounded=False, name="norm")(self.conv(shape[-1], 1, self.stride, name="conv")(x))
         if self.kind == "A":
             x = x[:, :: self.stride, :: self.stride]
         elif self.stride > 1:
@@ -90,7 +90,7 @@ class Branch(nn.Module):
             if not self.preactivation and i < len(convs):
                 x = self.norm(self.activation, name=f"norm{i}")(x)
             elif not self.preactivation:
-                x = self.norm(scale_init=self.last_scale_init, name=f"norm{i}")(x)
+                x = self.norm(scale_init=self.last_scale_init, rounded=False, name=f"norm{i}")(x)
         if self.squeezed(x.shape[-1]):
             x = SqueezeExcite(self.squeezed(x.shape[-1]), dtype=self.dtype, name="se")(x)
         return x
@@ -117,10 +117,10 @@ class Block(nn.Module):
         y = branch_output(self.branch(name="branch"), activated, drop)
         if self.shortcut != "none":
             projects = self.shortcut == "C" or (self.shortcut == "B" and y.shape != x.shape)
-            norm = (lambda name: ACTIVATIONS["identity"]) if self.preactivation else self.norm
+            norm = (lambda **_: ACTIVATIONS["identity"]) if self.preactivation else self.norm
             shortcut = Shortcut(self.shortcut, self.conv, norm, self.stride, name="shortcut")
-            y = shortcut(activated if projects else x, y.shape) + y
-        return y if self.preactivation else self.activation(y)
+            y = shortcut(activated if projects else x, y.shape).astype(y.dtype) + y
+        return y if self.preactivation else self.activation(y).astype(x.dtype)
 
 
 class ResNet(nn.Module):
