@@ -1,6 +1,7 @@
 """Every network by name: what it takes, what it gives, and that all of it is used."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -142,9 +143,10 @@ def assert_types(network):
 FIRST = {network: name for name, (network, _) in reversed(NETWORKS.items())}.values()  # of each class
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, "float32") for name in NETWORKS), *((name, "bfloat16") for name in FIRST)]
-)
+OTHERS = [pytest.param(name, "float32", marks=pytest.mark.full) for name in NETWORKS if name not in FIRST]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*itertools.product(FIRST, ("float32", "bfloat16")), *OTHERS])
 def test_shapes_and_dtypes(name, dtype):
     # One block a stage or two: every kind of layer of the row is there. All of its layers are traced in test_summary.py.
     shallow = {"depth": 0.01} if "depth" in model_config(name) else {}

@@ -89,7 +89,7 @@ def assert_same(ours, theirs, tolerance=1e-9):
 # smaller than that, and the whole batch. Equal to it: two processes, in test_processes.py. Larger ones: the ResNet below.
 LAYOUTS = [
     ("example", 4, 2, 2),
-    ("example", 4, 4, 1),
+    pytest.param("example", 4, 4, 1, marks=pytest.mark.full),
     ("subset", 0, 8, 1),
     pytest.param("example", 4, 2, 1, marks=pytest.mark.full),
     pytest.param("example", 4, 4, 2, marks=pytest.mark.full),
