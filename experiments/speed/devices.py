@@ -4,6 +4,7 @@ Each number of devices is a process of its own, which compiles once and then tak
 steps. All-reduced bytes are counted from the compiled program: the operands of every all-reduce and all-gather.
 """
 
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import time
 from cnnfamily import memory
 
 NETWORKS = (("resnet18", 0), ("efficientnet_b0", 0), ("efficientnet_b0", 8))  # and examples of a group of batch norm
-BATCH, SIDE, ROUNDS, STEPS = 16, 128, 7, 3
+BATCHES, SIDE, ROUNDS, IMAGES = (16, 64), 128, 7, 64  # of the last as many as a burst has at least
 BYTES = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1, "s8": 1}
 
 
@@ -32,11 +33,11 @@ def collective_bytes(hlo: str) -> dict[str, list[int]]:
     return found
 
 
-def side(name: str, group: int) -> None:
+def side(name: str, group: int, batch: int) -> None:
     """One number of devices (XLA_FLAGS says how many): a line when ready, then seconds for each line read."""
     from cnnfamily import benchmark, create_model
 
-    program = benchmark.training(create_model(name, num_classes=100, norm_group=group), BATCH, resolution=SIDE)
+    program = benchmark.training(create_model(name, num_classes=100, norm_group=group), batch, resolution=SIDE)
     program.compile()
     for _ in range(2):
         program.step()
@@ -48,18 +49,22 @@ def side(name: str, group: int) -> None:
     print(json.dumps(sent), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
-        for _ in range(STEPS):
+        for _ in range(steps_of(batch)):
             program.step()
         print(json.dumps(time.perf_counter() - start), flush=True)
 
 
-def compare(name: str, group: int) -> None:
+def steps_of(batch: int) -> int:
+    return -(-IMAGES // batch)
+
+
+def compare(name: str, group: int, batch: int) -> None:
     sides = []
     for devices in (1, 2):
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         tunables = ":".join(f"{name}={value}" for name, value in memory.malloc_tunables().items())
         environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": tunables}
-        command = [sys.executable, __file__, name, str(group)]
+        command = [sys.executable, __file__, name, str(group), str(batch)]
         sides.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     sent = [json.loads(side.stdout.readline()) for side in sides]
     seconds = ([], [])
@@ -70,10 +75,10 @@ def compare(name: str, group: int) -> None:
     for side in sides:
         side.communicate()
     ratios = sorted(one / two for one, two in zip(*seconds, strict=True))
-    rates = [BATCH * STEPS / statistics.median(taken) for taken in seconds]
+    rates = [batch * steps_of(batch) / statistics.median(taken) for taken in seconds]
     reduced, gathered = (sent[1].get(kind, []) for kind in ("all-reduce", "all-gather"))
     print(
-        f"| {name} | {group or BATCH} | {rates[0]:.1f} | {rates[1]:.1f} "
+        f"| {name} | {batch} | {group or batch} | {rates[0]:.1f} | {rates[1]:.1f} "
         f"| {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {sent[1]['gradient']:,} "
         f"| {sum(reduced):,} in {len(reduced)} | {sum(gathered):,} in {len(gathered)} |",
         flush=True,
@@ -81,12 +86,13 @@ def compare(name: str, group: int) -> None:
 
 
 def main() -> None:
-    print(f"batch {BATCH}, {SIDE} pixels, float32, {ROUNDS} rounds of {STEPS} steps, in turn\n")
-    print("| network | norm group | one device, images/s | two | two / one | gradient, bytes | all-reduced | all-gathered |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, group in NETWORKS:
-        compare(name, group)
+    print(f"{SIDE} pixels, float32, {ROUNDS} rounds of {IMAGES} images, in turn\n")
+    print("| network | batch | norm group | one device, images/s | two | two / one ", end="")
+    print("| gradient, bytes | all-reduced | all-gathered |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (name, group), batch in itertools.product(NETWORKS, BATCHES):
+        compare(name, group, batch)
 
 
 if __name__ == "__main__":
-    side(sys.argv[1], int(sys.argv[2])) if sys.argv[1:] else main()
+    side(sys.argv[1], *map(int, sys.argv[2:])) if sys.argv[1:] else main()
