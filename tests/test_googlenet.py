@@ -121,7 +121,7 @@ def test_pools_of_the_auxiliary_classifiers():
         np.testing.assert_allclose(head.apply(variables, maps, False, None), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.full  # all nine modules, which compile for long
+@pytest.mark.full  # five seconds
 def test_without_norms_images_reach_the_maps():
     """Caffe's start. With torchvision's deviation of 0.01 the second module had 5e-7 of the images, and nothing was learnt."""
     network = create_model("googlenet_paper", width=0.25, modules=MODULES[:2])

@@ -297,7 +297,7 @@ def test_every_test_example_counts_once_on_any_number_of_devices(finished):
     ("form", "numbers"),
     [(form, (1, 2)) for form in ("example", "subset")],
 )
-@pytest.mark.full  # half a minute; in the suite one process has them on two and four devices (test_step.py)
+@pytest.mark.full  # half a minute; in the suite one process has them on two and eight devices (test_step.py)
 def test_two_processes_make_the_same_random_choices(form, numbers, start, x64, tmp_path):
     """Two devices each, in so many micro-batches, against one process with one: as the running step recorded them."""
     file, script = tmp_path / "choices.npz", Path(recorded.__file__)

@@ -9,8 +9,8 @@ from cnnfamily import config as configs
 from cnnfamily import parallel, runlog, train
 
 FILES = sorted(path.stem for path in (configs.REPOSITORY / "configs").glob("*.py") if path.stem != "default")
-# LeNet's and EfficientNet's are in test_train.py, with more of what a run can do; ResNet's recipes are below. MobileNetV3 has
-# the layers of the two before it.
+# LeNet's and EfficientNet's are in test_train.py, with more of what a run can do; ResNet's recipes are below. MobileNetV3
+# stands for the two before it.
 FAMILIES = ("alexnet_2012", "vgg11_bn", "googlenet_paper", "mobilenet_v3_small")
 
 

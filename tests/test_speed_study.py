@@ -33,7 +33,7 @@ FAMILIES = {  # a small variant of each
 }
 
 
-BY_HAND = ("alexnet", "vgg11_bn", "mobilenet_v1", "mobilenet_v3_small")  # the others have their layers
+BY_HAND = ("alexnet", "vgg11_bn", "mobilenet_v1", "mobilenet_v3_small")  # their variables are compared below
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * (name in BY_HAND)) for name in FAMILIES])
