@@ -9,8 +9,8 @@
                  runlog.py, disk.py, nonfinite.py and progress.py serve it
     weights.py   published weights in and out; naming.py has torch's names, convert.py finds where two networks part
     sweep.py     runs the rows of a study.py, here or by slurm.py; report.py makes table and figures of them
-    benchmark.py speed, memory and where a step's time goes (profile_layers.py, ceilings.py); programs.py keeps compiled ones;
-                 fold.py takes batch norm out of a network for inference
+    benchmark.py speed, memory and where a step's time goes (profile_layers.py, ceilings.py); programs.py keeps compiled ones
+    inference.py a network as it infers fastest: fold.py takes batch norm out of it, models/onednn.py computes its convolutions
     evaluate.py  figures of a run; summary.py counts, published.py what papers print; scaling.py width, depth and resolution;
                  config.py reads configs/
 
@@ -34,6 +34,7 @@ _PUBLIC = {
     "imagenet_classes": "data.preprocessing",
     "load_pretrained": "weights",
     "fold_batch_norm": "fold",
+    "optimize_for_inference": "inference",
     "state_dict": "weights",
 }
 __all__ = list(_PUBLIC)

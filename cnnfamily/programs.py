@@ -33,7 +33,7 @@ def kept(config: ConfigDict | None = None) -> Iterator[None]:
     """
     # Without a config it is for published weights; one of a run from before has no such key.
     if config is not None and not config.get("keep_programs", True):
-        with _settings({"jax_enable_compilation_cache": False}):
+        with not_kept():
             yield
         return
     if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir or jax.__version_info__ < _QUIET:
@@ -52,6 +52,11 @@ def kept(config: ConfigDict | None = None) -> Iterator[None]:
         settings["jax_persistent_cache_min_compile_time_secs"] = 0.0
     with _settings(settings), _one_line(folder):
         yield
+
+
+def not_kept() -> contextlib.AbstractContextManager:
+    """A context in which programs are neither read from disk nor written, whatever the settings."""
+    return _settings({"jax_enable_compilation_cache": False})
 
 
 def folder_of_programs() -> Path:

@@ -21,6 +21,7 @@ from cnnfamily.models.layers import (
     conv_and_norm,
     dropout,
     logits,
+    residual_sum,
 )
 from cnnfamily.models.stochastic_depth import branch_output, drops
 from cnnfamily.scaling import PUBLISHED, round_filters, round_repeats
@@ -47,6 +48,7 @@ class MBConv(nn.Module):
     stride: int
     kernel: int
     squeezed: int
+    summed: bool  # a sum follows
     last_scale_init: Callable
     dtype: str
 
@@ -60,7 +62,8 @@ class MBConv(nn.Module):
         y = self.norm(self.activation, rounded=not self.squeezed, name="depthwise_norm")(y)
         if self.squeezed:
             y = SqueezeExcite(self.squeezed, self.activation, dtype=self.dtype, name="se")(y)
-        return self.norm(scale_init=self.last_scale_init, name="project_norm")(self.conv(self.filters, 1, name="project")(y))
+        norm = self.norm(scale_init=self.last_scale_init, rounded=not self.summed, name="project_norm")
+        return norm(self.conv(self.filters, 1, name="project")(y))
 
 
 class EfficientNet(nn.Module):
@@ -121,11 +124,12 @@ class EfficientNet(nn.Module):
                     stride=stride,
                     kernel=kernel,
                     squeezed=max(1, int(x.shape[-1] * self.se_ratio)) if self.se_ratio else 0,
+                    summed=residual,
                     last_scale_init=initializers.zeros if self.zero_init_last else initializers.ones,
                     dtype=self.dtype,
                     name=f"stage{i + 1}_block{j + 1}",
                 )
-                x = x + branch_output(block, x, block_drop) if residual else block(x)
+                x = residual_sum(x, branch_output(block, x, block_drop), x.dtype) if residual else block(x)
             self.sow("intermediates", f"stage{i + 1}", x)
         x = norm(activation, name="head_norm")(conv(round_filters(self.head_filters, self.width), 1, name="head")(x))
         self.sow("intermediates", "head_output", x)

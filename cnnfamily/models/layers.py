@@ -15,9 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from cnnfamily import rng
 from cnnfamily.errors import UsageError, unknown
-from cnnfamily.models import initializers
+from cnnfamily.models import initializers, onednn
 from cnnfamily.models.batch_norm import BatchNorm, parameter_dtype_of
 from cnnfamily.models.convolution import KEPT, convolution, matrix_product
+from cnnfamily.models.geometry import Geometry, is_narrow
 from cnnfamily.models.initializers import parameter
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -81,16 +82,17 @@ class Conv(nn.Module):
             padding = ((self.kernel - 1) // 2,) * 2, ((self.kernel - 1) // 2,) * 2
         else:
             padding = lax.padtype_to_pads(x.shape[1:3], shape[:2], (self.stride,) * 2, self.padding.upper())
-        y = convolution(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            stride=(self.stride,) * 2,
-            padding=tuple(tuple(pair) for pair in padding),
-            groups=self.groups,
-            rounded=self.rounded and not self.bias,
-        )
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        padding, stride = tuple(tuple(pair) for pair in padding), (self.stride,) * 2
+        bias = parameter(self, "bias", self.bias_init, (self.filters,), parameter_dtype) if self.bias else None
+        geometry = Geometry(x.shape[1:3], shape[:2], stride, padding, self.groups)
+        if onednn.applies(x, kernel, geometry):
+            pending = onednn.Pending(x, kernel, bias, geometry)
+            return pending.output() if self.rounded or not self.bias else pending
+        rounded = self.rounded and not self.bias
+        y = convolution(x, kernel, stride=stride, padding=padding, groups=self.groups, rounded=rounded)
         if self.bias:
-            y = y + parameter(self, "bias", self.bias_init, (self.filters,), parameter_dtype)
+            y = y + bias
         return checkpoint_name(y.astype(self.dtype), KEPT) if self.rounded and self.bias else y
 
 
@@ -145,7 +147,9 @@ def conv_and_norm(network: nn.Module, train: bool) -> tuple[Callable, Callable]:
             return x.astype(network.dtype) if train or rounded else x
 
         if not network.batch_norm:
-            return lambda x: leave(activation(x))
+            waits = not rounded and activation is ACTIVATIONS["identity"]
+            computed = (lambda x: x) if waits else (lambda x: x.output(activation))
+            return lambda x: computed(x) if isinstance(x, onednn.Pending) else leave(activation(x))
         statistics = (network.norm_momentum, network.norm_epsilon, group, network.axis_name)
         layer = BatchNorm(train, *statistics, rounded=train, dtype=network.dtype, **fields)
         if not before:
@@ -154,6 +158,19 @@ def conv_and_norm(network: nn.Module, train: bool) -> tuple[Callable, Callable]:
         return lambda x: layer(x, activation) if train else leave(activation(layer(x)))
 
     return conv, norm
+
+
+Activated = jax.Array | onednn.Pending  # what a norm that does not round leaves
+
+
+def residual_sum(
+    shortcut: Activated, branch: Activated, dtype: str, activation: Callable = ACTIVATIONS["identity"]
+) -> jax.Array:
+    """The activation of shortcut + branch, both `[batch, height, width, channels]`, rounded to `dtype` after it."""
+    shortcut = onednn.finished(shortcut)
+    if isinstance(branch, onednn.Pending):
+        return branch.output(activation, shortcut)
+    return activation(shortcut.astype(branch.dtype) + branch).astype(dtype)
 
 
 class SqueezeExcite(nn.Module):
@@ -166,7 +183,10 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        mean = x.mean(axis=(1, 2), keepdims=True, dtype=parameter_dtype_of(self.dtype))
+        x = onednn.finished(x)
+        # Or XLA widens narrow x once for both uses, and writes that.
+        seen = lax.optimization_barrier(x) if is_narrow(x) else x
+        mean = seen.mean(axis=(1, 2), keepdims=True, dtype=parameter_dtype_of(self.dtype))
         hidden = self.activation(Conv(self.squeezed, 1, bias=True, dtype=self.dtype, name="reduce")(mean))
         gate = self.gate(Conv(x.shape[-1], 1, bias=True, dtype=self.dtype, name="expand")(hidden))
         return x * gate.astype(x.dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cnnfamily.models import initializers
-from cnnfamily.models.layers import ACTIVATIONS, Linear, check_images, choose, conv_and_norm, dropout, logits
+from cnnfamily.models.layers import ACTIVATIONS, Linear, check_images, choose, conv_and_norm, dropout, logits, residual_sum
 from cnnfamily.models.stochastic_depth import branch_output, drops
 from cnnfamily.scaling import round_filters, round_repeats
 
@@ -37,6 +37,7 @@ class Bottleneck(nn.Module):
     filters: int
     stride: int
     linear: bool
+    summed: bool  # a sum follows
     last_scale_init: Callable
 
     @nn.compact
@@ -47,7 +48,7 @@ class Bottleneck(nn.Module):
         x = self.conv(expanded, 3, self.stride, groups=expanded, name="depthwise")(x)
         x = self.norm(self.activation, name="depthwise_norm")(x)
         activation = ACTIVATIONS["identity"] if self.linear else self.activation
-        norm = self.norm(activation, scale_init=self.last_scale_init, name="project_norm")
+        norm = self.norm(activation, scale_init=self.last_scale_init, rounded=not self.summed, name="project_norm")
         return norm(self.conv(self.filters, 1, name="project")(x))
 
 
@@ -108,10 +109,11 @@ class MobileNetV2(nn.Module):
                     filters=filters,
                     stride=stride,
                     linear=self.linear_bottleneck,
+                    summed=residual,
                     last_scale_init=initializers.zeros if self.zero_init_last else initializers.ones,
                     name=f"stage{i + 1}_block{j + 1}",
                 )
-                x = x + branch_output(block, x, block_drop) if residual else block(x)
+                x = residual_sum(x, branch_output(block, x, block_drop), x.dtype) if residual else block(x)
             self.sow("intermediates", f"stage{i + 1}", x)
         x = conv(round_filters(self.head_filters, max(1.0, self.width)), 1, name="head")(x)
         x = norm(activation, name="head_norm")(x)

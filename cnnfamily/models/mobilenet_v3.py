@@ -21,6 +21,7 @@ from cnnfamily.models.layers import (
     conv_and_norm,
     dropout,
     logits,
+    residual_sum,
 )
 from cnnfamily.models.stochastic_depth import branch_output, drops
 from cnnfamily.scaling import round_filters, round_repeats
@@ -75,6 +76,7 @@ class Bottleneck(nn.Module):
     stride: int
     kernel: int
     squeezed: int
+    summed: bool  # a sum follows
     last_scale_init: Callable
     dtype: str
 
@@ -86,7 +88,8 @@ class Bottleneck(nn.Module):
         x = self.norm(self.activation, rounded=not self.squeezed, name="depthwise_norm")(x)
         if self.squeezed:
             x = SqueezeExcite(self.squeezed, gate=ACTIVATIONS["hard_sigmoid"], dtype=self.dtype, name="se")(x)
-        return self.norm(scale_init=self.last_scale_init, name="project_norm")(self.conv(self.filters, 1, name="project")(x))
+        norm = self.norm(scale_init=self.last_scale_init, rounded=not self.summed, name="project_norm")
+        return norm(self.conv(self.filters, 1, name="project")(x))
 
 
 class MobileNetV3(nn.Module):
@@ -165,11 +168,12 @@ class MobileNetV3(nn.Module):
                     stride=stride,
                     kernel=kernel,
                     squeezed=round_filters(expanded * self.se_ratio) if has_se and self.se_ratio else 0,
+                    summed=residual,
                     last_scale_init=initializers.zeros if self.zero_init_last else initializers.ones,
                     dtype=self.dtype,
                     name=f"stage{i + 1}_block{j + 1}",
                 )
-                x = x + branch_output(block, x, block_drop) if residual else block(x)
+                x = residual_sum(x, branch_output(block, x, block_drop), x.dtype) if residual else block(x)
                 table_filters = filters
             self.sow("intermediates", f"stage{i + 1}", x)
         x = norm(activation, name="head_norm")(conv(6 * x.shape[-1], 1, name="head")(x))

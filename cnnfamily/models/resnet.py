@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cnnfamily.errors import UsageError
-from cnnfamily.models import initializers
+from cnnfamily.models import initializers, onednn
 from cnnfamily.models.layers import (
     ACTIVATIONS,
     Linear,
@@ -21,6 +21,7 @@ from cnnfamily.models.layers import (
     choose,
     conv_and_norm,
     logits,
+    residual_sum,
 )
 from cnnfamily.models.pooling import max_pool
 from cnnfamily.models.stochastic_depth import Drop, branch_output, drops
@@ -115,12 +116,13 @@ class Block(nn.Module):
     def __call__(self, x, drop: Drop):
         activated = self.norm(self.activation, name="norm")(x) if self.preactivation else x
         y = branch_output(self.branch(name="branch"), activated, drop)
+        activation = ACTIVATIONS["identity"] if self.preactivation else self.activation
         if self.shortcut != "none":
             projects = self.shortcut == "C" or (self.shortcut == "B" and y.shape != x.shape)
             norm = (lambda **_: ACTIVATIONS["identity"]) if self.preactivation else self.norm
             shortcut = Shortcut(self.shortcut, self.conv, norm, self.stride, name="shortcut")
-            y = shortcut(activated if projects else x, y.shape).astype(y.dtype) + y
-        return y if self.preactivation else self.activation(y).astype(x.dtype)
+            return residual_sum(shortcut(activated if projects else x, y.shape), y, x.dtype, activation)
+        return activation(onednn.finished(y)).astype(x.dtype)
 
 
 class ResNet(nn.Module):

@@ -22,6 +22,7 @@ from jax import Array, lax
 
 from cnnfamily import rng
 from cnnfamily.errors import UsageError
+from cnnfamily.models import onednn
 from cnnfamily.models.convolution import in_a_branch
 from cnnfamily.models.layers import choose
 
@@ -138,7 +139,10 @@ def branch_output(branch: nn.Module, x: Array, drop: Drop) -> Array:
     if drop.form == "example":
         factor = jnp.where(drop.keep, jnp.asarray(drop.scale, y.dtype), jnp.zeros((), y.dtype))
         return y * factor.reshape(-1, 1, 1, 1)
-    return y if drop.scale == 1.0 else y * jnp.asarray(drop.scale, y.dtype)
+    if drop.scale == 1.0:
+        return y  # which may be pending
+    y = onednn.finished(y)
+    return y * jnp.asarray(drop.scale, y.dtype)
 
 
 def _conditional(branch: nn.Module, x: Array, keep: Array) -> Array:

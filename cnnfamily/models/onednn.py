@@ -1,0 +1,135 @@
+"""Convolutions of inference on a CPU by oneDNN, with bias, sum and activation in the same pass.
+
+oneDNN (https://uxlfoundation.github.io/oneDNN) is what torch computes with on a CPU. jaxlib contains it, and though no flag of
+these versions makes XLA's compiler use it, a program that names its convolution as the compiler would gets it. In bfloat16
+whole networks infer 1.4 to 3 times as fast as with the forms in `cpu_forms` (`experiments/speed/README.md`).
+
+It has no gradients. A program with it cannot be kept on disk: jaxlib takes the call for one of another kind and reads memory
+that is none of its (seen as std::bad_alloc). A call that oneDNN refuses ends the process. So it is used for what
+`optimize_for_inference` compiles and nowhere else, and only with versions of jaxlib and processors that are known to do.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import json
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+from flax import linen as nn
+from jax import Array
+
+from cnnfamily.models.geometry import Geometry
+
+TRIED = ((0, 10), (0, 11), (0, 12))  # versions of jaxlib whose wheels pass tests/test_onednn.py
+# Those of its operations on an output that XLA passes on, and their coefficient.
+_AFTER: dict[Callable, tuple[str, float]] = {
+    nn.relu: ("RELU", 0.0),
+    nn.relu6: ("RELU6", 0.0),
+    nn.silu: ("SWISH", 1.0),
+    nn.sigmoid: ("SIGMOID", 0.0),
+    jnp.tanh: ("TANH", 0.0),
+}
+_USED = contextvars.ContextVar("onednn_used", default=False)
+
+
+@contextlib.contextmanager
+def used() -> Iterator[None]:
+    """For what is traced: its convolutions are computed by oneDNN, if `missing` finds nothing that is missing."""
+    before = _USED.set(True)
+    try:
+        yield
+    finally:
+        _USED.reset(before)
+
+
+def missing(dtype: str) -> str:
+    """Why this process cannot compute convolutions of `dtype` with oneDNN, in words; "" if it can."""
+    if jax.default_backend() != "cpu":
+        return f"the device is a {jax.default_backend()}"
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"{platform.system()} on {platform.machine()}: tried on Linux on x86_64 alone"
+    if _version() not in TRIED:
+        return f"jaxlib {_words(_version())}: tried with " + ", ".join(map(_words, TRIED))
+    # For bfloat16 without these instructions it has no convolution, or widens the operands, as XLA does.
+    needed = {"float32": ("avx2",), "bfloat16": ("avx512_bf16", "amx_bf16")}.get(jnp.dtype(dtype).name)
+    if not needed:
+        return f"dtype {jnp.dtype(dtype).name}: float32 and bfloat16 alone"
+    return "" if _features() & set(needed) else f"the processor has no {' and no '.join(needed)}"
+
+
+def applies(images: Array, kernel: Array, geometry: Geometry) -> bool:
+    """Whether a convolution that is being traced is to be one of oneDNN's."""
+    sane = images.size and min(geometry.output_size) > 0 and images.shape[3] == kernel.shape[2] * geometry.groups
+    return bool(_USED.get() and sane and images.dtype == kernel.dtype and not missing(images.dtype))
+
+
+@dataclasses.dataclass
+class Pending:
+    """A convolution of images `[batch, height, width, channels]` that waits for what is done with its output."""
+
+    images: Array
+    kernel: Array  # [height, width, channels / groups, filters], in the dtype of `images`
+    bias: Array | None  # [filters], float32
+    geometry: Geometry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.images.shape[0], *self.geometry.output_size, self.kernel.shape[3])
+
+    def output(self, activation: Callable = lambda x: x, summand: Array | None = None) -> Array:
+        """The activation of convolution, bias and summand, in the dtype of `images`: rounded once, twice if oneDNN has it not.
+
+        `summand` has the output's shape and dtype.
+        """
+        operation, coefficient = _AFTER.get(activation, ("", 0.0))
+        operations = ["BIAS"] * (self.bias is not None) + ["BINARY_ADD"] * (summand is not None) + [operation] * bool(operation)
+        height, width = self.geometry.padding
+        data = {"data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
+        settings = {
+            "dims": 4,
+            "input": data,
+            "kernel": {"filter": {"input_feature_dim": 2, "output_feature_dim": 3, "spatial_dims": [0, 1]}},
+            "output": data,
+            "window": {
+                "size": self.geometry.kernel_size,
+                "pad_left": [height[0], width[0]],
+                "pad_right": [height[1], width[1]],
+                "strides": self.geometry.stride,
+                "window_dilations": [1, 1],
+            },
+            "feature_groups": self.geometry.groups,
+            "fusions": {"ops": operations, "alpha": [coefficient] * bool(operation)},
+        }
+        call = jax.ffi.ffi_call(
+            "__onednn$convolution",
+            jax.ShapeDtypeStruct(self.shape, self.images.dtype),
+            custom_call_api_version=2,
+            legacy_backend_config=json.dumps({"onednn_conv_config": settings}),
+        )
+        output = call(self.images, self.kernel, *(operand for operand in (self.bias, summand) if operand is not None))
+        # Widened first: of narrow numbers XLA rounds each operation.
+        return output if operation else activation(output.astype(jnp.float32)).astype(output.dtype)
+
+
+def finished(x: Array | Pending) -> Array:
+    return x.output() if isinstance(x, Pending) else x
+
+
+def _version() -> tuple[int, ...]:
+    return jaxlib.version.__version_info__[:2]
+
+
+def _words(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+@functools.cache
+def _features() -> frozenset[str]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
