@@ -1,11 +1,13 @@
 """Speed, memory and compile time of networks: `python -m cnnfamily.benchmark [MODEL ...] [--batch=N] [--by-layer] [--json]`.
 
 A training step is the product's own (`step.train_step` with SGD and momentum, over all devices, the state donated), inference
-is the network's function of normalised images. Both get random uint8 images that lie on the device already: reading data is no
-part of it. Every step is awaited, so a step's time holds its dispatch too.
+is the network's function of normalised images, and with `--mode=optimized` what `optimize_for_inference` makes of it. They get
+random uint8 images that lie on the device already: reading data is no part of it. Every step is awaited, so a step's time holds
+its dispatch too.
 
 images/s, ms    the batch over the median time of a step after two warm-up steps; ms with the lower and the upper quartile.
-compile         seconds from the traced program to one that runs: into an empty compilation cache, and out of that cache.
+compile         seconds from the traced program to one that runs: into an empty compilation cache, and out of that cache, which
+                optimized inference does not use.
 memory          of the compiled program on one device: arguments + outputs - what they share + temporaries. Beside it, in the
                 JSON, the allocator's own peak since the process began, where the device counts it (GPU, TPU).
 matrix          share of the measured matrix ceiling: 2 FLOPs for each multiply-add of `summary` in inference and 6 in training
@@ -35,6 +37,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, PartitionSpec
 
 from cnnfamily import errors, memory, models, parallel, profile_layers
+from cnnfamily import inference as optimized
 from cnnfamily.ceilings import Ceilings, durations, measure_ceilings
 from cnnfamily.data import augment
 from cnnfamily.step import Objective, create_state, train_step
@@ -44,7 +47,7 @@ DEFAULT = (
     *("lenet5", "alexnet", "vgg16", "resnet50", "googlenet"),
     *("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0"),
 )
-MODES = ("train", "infer")
+MODES = ("train", "infer", "optimized")
 _NORMAL = (0.449, 0.226)  # mean and standard deviation over ImageNet's channels; random pixels need no exact ones
 _WHOLE, _CUT = PartitionSpec(), PartitionSpec(parallel.AXIS)
 
@@ -57,7 +60,7 @@ class Program:
     """
 
     network: nn.Module
-    mode: str  # "train" or "infer"
+    mode: str  # one of MODES
     batch: int  # examples on all devices together
     resolution: int  # pixels
     mesh: Mesh
@@ -65,12 +68,17 @@ class Program:
     arguments: list
     compiled: jax.stages.Compiled | None = None
 
+    def tracing(self) -> contextlib.AbstractContextManager:
+        """Where it has to be traced and compiled."""
+        return optimized.tracing() if self.mode == "optimized" else contextlib.nullcontext()
+
     def lower(self) -> jax.stages.Lowered:
         """The program traced anew."""
         return self.function.lower(*self.arguments)
 
     def compile(self) -> None:
-        self.compiled = self.lower().compile()
+        with self.tracing():
+            self.compiled = self.lower().compile()
 
     def step(self) -> jax.Array | tuple:
         """Runs once and waits for it: logits `[batch, num_classes]`, or the new state and the step's metrics."""
@@ -107,17 +115,23 @@ def training(
     return Program(network, "train", batch, resolution, mesh, function, [parallel.replicate(state, mesh), examples, {}])
 
 
-def inference(network: nn.Module, batch: int, *, resolution: int = 0, mesh: Mesh | None = None) -> Program:
-    """Logits of one batch of random uint8 images, normalised inside the program; arguments and errors as `training`."""
+def inference(network: nn.Module, batch: int, *, resolution: int = 0, mesh: Mesh | None = None, mode: str = "infer") -> Program:
+    """Logits of one batch of random uint8 images, normalised inside the program; `mode` "infer" or "optimized".
+
+    Other arguments and errors as `training`.
+    """
     resolution, mesh = _accepted(network, batch, resolution, mesh)
+    images = _images(network, batch, resolution)
+    variables = models.initialize(network, jax.random.key(0), resolution=resolution)
+    if mode == "optimized":
+        network, variables = optimized.prepare(network, variables)
 
     def infer(variables, images):
         return network.apply(variables, augment.normalize(images, *_NORMAL))
 
     mapped = jax.shard_map(infer, mesh=mesh, in_specs=(_WHOLE, _CUT), out_specs=_CUT, check_vma=False)
-    variables = parallel.replicate(models.initialize(network, jax.random.key(0), resolution=resolution), mesh)
-    images = parallel.place({"images": _images(network, batch, resolution)}, mesh, batch_axis=0)["images"]
-    return Program(network, "infer", batch, resolution, mesh, jax.jit(mapped), [variables, images])
+    images = parallel.place({"images": images}, mesh, batch_axis=0)["images"]
+    return Program(network, mode, batch, resolution, mesh, jax.jit(mapped), [parallel.replicate(variables, mesh), images])
 
 
 def _view(keys: jax.Array, images: jax.Array, store: dict) -> jax.Array:
@@ -162,7 +176,7 @@ def empty_compilation_cache() -> Iterator[None]:
 
 def compile_seconds(program: Program) -> dict[str, float]:
     """Compiles a program and says in how many seconds: tracing it, compiling it cold, and once more with a filled cache."""
-    with empty_compilation_cache():
+    with empty_compilation_cache(), program.tracing():
         jax.clear_caches()
         start = time.perf_counter()
         lowered = program.lower()
@@ -231,8 +245,8 @@ def _program_bytes(compiled: jax.stages.Compiled) -> int | None:
 
 
 HEAD = (
-    f"{'':<42}{'ms a step':>30}{'compile, s':>15}{'memory':>9}{'share of ceiling':>18}\n"
-    f"{'network':<19}{'':<6}{'pixels':>6}{'images/s':>11}{'median':>10}{'quartiles':>20}{'cold':>8}{'cached':>7}"
+    f"{'':<46}{'ms a step':>30}{'compile, s':>15}{'memory':>9}{'share of ceiling':>18}\n"
+    f"{'network':<19}{'':<10}{'pixels':>6}{'images/s':>11}{'median':>10}{'quartiles':>20}{'cold':>8}{'cached':>7}"
     f"{'MiB':>9}{'matrix':>8}{'bandwidth':>10}"
 )
 
@@ -242,7 +256,7 @@ def text_row(row: dict) -> str:
     needed = "-" if row["program_bytes"] is None else f"{row['program_bytes'] / 2**20:,.0f}"
     quartiles = f"{row['milliseconds_low']:,.2f} - {row['milliseconds_high']:,.2f}"
     text = (
-        f"{row['name']:<19}{row['mode']:<6}{row['resolution']:>6}{row['images_per_second']:>11,.1f}"
+        f"{row['name']:<19}{row['mode']:<10}{row['resolution']:>6}{row['images_per_second']:>11,.1f}"
         f"{row['milliseconds']:>10,.2f}{quartiles:>20}{row['compile_seconds_cold']:>8.2f}{row['compile_seconds_cached']:>7.2f}"
         f"{needed:>9}{row['matrix_share']:>8.1%}{row['bandwidth_share']:>10.1%}"
     )
@@ -275,8 +289,8 @@ def main(argv: list[str]) -> None:
         print(", ".join(f"{key} {value}" for key, value in head.items()) + f": {measured}\n{HEAD}", flush=True)
     rows = []
     for name, network in networks.items():
-        for mode in MODES if arguments.mode == "both" else (arguments.mode,):
-            prepare = training if mode == "train" else inference
+        for mode in ("train", "infer") if arguments.mode == "both" else (arguments.mode,):
+            prepare = training if mode == "train" else functools.partial(inference, mode=mode)
             program = prepare(network, arguments.batch, resolution=arguments.resolution, mesh=mesh)
             options = {"steps": arguments.steps or 0, "seconds": arguments.seconds, "by_layer": arguments.by_layer}
             rows.append({"name": name, **measure(program, ceiling, **options)})

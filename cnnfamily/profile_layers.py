@@ -94,7 +94,8 @@ def _instructions(line, module: str) -> list[tuple[float, float, str]]:
     for event in line.events:
         stats = dict(event.stats)
         if "hlo_op" in stats and stats.get("hlo_module", module) == module:
-            found.append((event.start_ns, event.start_ns + event.duration_ns, stats["hlo_op"]))
+            instruction = stats["hlo_op"].partition("__onednn$")[0]  # XLA puts the name of a call to oneDNN behind it
+            found.append((event.start_ns, event.start_ns + event.duration_ns, instruction))
     return sorted(found, key=lambda event: (event[0], -event[1]))
 
 

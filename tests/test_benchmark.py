@@ -13,7 +13,7 @@ from conftest import mesh_of
 from cnnfamily import benchmark, ceilings, profile_layers
 from cnnfamily.ceilings import Ceilings
 from cnnfamily.errors import UsageError
-from cnnfamily.models import create_model
+from cnnfamily.models import create_model, onednn
 from cnnfamily.profile_layers import INPUTS, UNKNOWN, UPDATE, LayerTime
 from cnnfamily.summary import summarize
 
@@ -121,6 +121,12 @@ def test_inference_and_training_are_the_products_own():
     normalised = (np.asarray(images, np.float32) / 255 - np.float32(0.449)) / np.float32(0.226)
     np.testing.assert_allclose(one.step(), network.apply(variables, jnp.asarray(normalised)), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(one.step(), two.step(), rtol=1e-4, atol=1e-4)
+    optimized = benchmark.inference(network, 4, mesh=mesh_of(2), mode="optimized")
+    optimized.compile()
+    np.testing.assert_allclose(optimized.step(), two.step(), rtol=1e-4, atol=1e-4)
+    has_onednn = not onednn.missing("float32")
+    assert ("__onednn$convolution" in optimized.compiled.as_text()) == has_onednn
+    assert "__onednn$convolution" not in two.compiled.as_text()
     program = benchmark.training(network.clone(dtype="bfloat16"), 4, mesh=mesh_of(2))
     program.compile()
     before = program.arguments[0]
@@ -128,6 +134,14 @@ def test_inference_and_training_are_the_products_own():
     assert np.isfinite(metrics["loss"])
     assert int(program.arguments[0].step) == 1
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params)), "the state is donated"
+
+
+def test_optimized_inference_by_layer(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "measure_ceilings", lambda dtype, mesh: Ceilings(2e9, 1e9))
+    benchmark.main(["lenet5", "--mode=optimized", "--steps=3", "--by-layer", "--json", "--batch=8"])
+    (row,) = json.loads(capsys.readouterr().out)["networks"]
+    assert row["mode"] == "optimized"
+    assert {"c1", "c3", "c5"} <= {layer["name"] for layer in row["by_layer"]}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
