@@ -64,7 +64,13 @@ def missing(dtype: str) -> str:
 
 
 def applies(images: Array, kernel: Array, geometry: Geometry) -> bool:
-    """Whether a convolution that is being traced is to be one of oneDNN's."""
+    """Whether a convolution that is being traced is to be one of oneDNN's.
+
+    Not of one pixel, as in squeeze-and-excitation: for each call it turns the kernel into an order of its own. 16 such of 960
+    channels to 1280 take 0.88 ms, 0.15 as a matrix product (bfloat16, two Zen 5 cores, n = 15 in turn).
+    """
+    if geometry.image_size == (1, 1):
+        return False
     sane = images.size and min(geometry.output_size) > 0 and images.shape[3] == kernel.shape[2] * geometry.groups
     return bool(_USED.get() and sane and images.dtype == kernel.dtype and not missing(images.dtype))
 

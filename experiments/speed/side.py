@@ -73,7 +73,7 @@ def on_jax(job: Namespace) -> Burst:
         return plain.training(network, variables, images, labels)
     if job.mode == "infer_folded" and (job.side == "plain" or not variables["batch_stats"]):
         raise NotMeasured("plain Flax folds nothing" if job.side == "plain" else "no batch norm")
-    images = jax.device_put(normalised(images))
+    images = jax.device_put(normalised(images)).astype(job.dtype)
     if job.side == "ours" and (job.mode == "infer_folded" or not variables["batch_stats"]):
         return jax_inference(cnnfamily.optimize_for_inference(network, variables), images)
     variables, apply = jax.device_put(variables), jax.jit(network.apply)
