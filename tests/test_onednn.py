@@ -84,6 +84,15 @@ def test_a_convolution_with_each_end(name, dtype, on_cpu):
             assert (error <= slack).all(), (end, (error - slack).max())
 
 
+def test_rounding_is_xlas_for_every_kind_of_number():
+    bits = np.random.default_rng(0).integers(0, 2**32, 2**16, np.uint32)
+    bits[:8] = [0x7F800000, 0xFF800000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F7FFFFF, 0x00008000, 0x00018000]
+    x = bits.view(np.float32)
+    both = jax.jit(lambda x: [onednn._rounded(x, jnp.dtype("bfloat16")), x.astype("bfloat16")])
+    found, expected = (np.asarray(values.astype(np.float32)) for values in both(x))
+    np.testing.assert_array_equal(found, expected)  # NaN where that is NaN
+
+
 NETWORKS = SMALL | {
     "plain20_cifar": {"stage_sizes": (1, 1, 1)},
     "se_resnet18": {"stage_sizes": (1, 1), "width": 0.25},
