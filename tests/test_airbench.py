@@ -83,6 +83,7 @@ def test_the_classifier_starts_small_and_has_no_bias():
     np.testing.assert_allclose(logits, maps @ classifier["kernel"] / 64, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.full
 def test_the_whitening_stays_through_training_averages_and_a_resume(dies_at_3, tmp_path, monkeypatch):
     """On two devices, whose mean of equal numbers is exact; a run that goes on does not measure again."""
     monkeypatch.setattr(parallel, "data_mesh", lambda: mesh_of(2))

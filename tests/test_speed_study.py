@@ -16,6 +16,7 @@ from cnnfamily.models import googlenet
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments" / "speed"))
 import compare
 import determinism
+import optimized
 import plain
 import side
 
@@ -290,3 +291,17 @@ def test_the_state_is_the_same_to_the_bit_in_equal_runs(monkeypatch):
 
     with jax.numpy_dtype_promotion("standard"):
         assert digest_of(0) == digest_of(0) != digest_of(1)
+
+
+def test_optimized_inference_beside_the_folded_network(monkeypatch, tmp_path, capsys):
+    given = ["optimized.py", "--models=lenet5", "--dtypes=float32", "--batch=2", "--rounds=2", "--seconds=0"]
+    monkeypatch.setattr(sys, "argv", [*given, f"--out={tmp_path / 'x.md'}"])
+    with jax.numpy_dtype_promotion("standard"):
+        optimized.main()
+    line = (tmp_path / "x.md").read_text().splitlines()[-1]
+    assert line == capsys.readouterr().out.splitlines()[-1]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[:2] == ["lenet5", "float32"]
+    before, ours, ratio = (float(cell.split()[0].replace(",", "")) for cell in cells[2:5])
+    assert ratio == pytest.approx(ours / before, rel=1)  # medians of two, each by itself
+    assert float(cells[5]) < 1e-5
