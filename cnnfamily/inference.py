@@ -51,8 +51,10 @@ def optimize_for_inference(network: nn.Module, variables: dict) -> Callable[[jax
         images = jnp.asarray(images)
         key = images.shape, images.dtype
         if key not in compiled:
+            # Not `network.apply` itself, of which JAX may have a trace from outside, and would keep this one for outside.
             with tracing():
-                compiled[key] = jax.jit(network.apply).lower(variables, images).compile()
+                program = jax.jit(lambda variables, images: network.apply(variables, images))
+                compiled[key] = program.lower(variables, images).compile()
         return compiled[key](variables, images)
 
     return infer

@@ -147,6 +147,25 @@ def test_nothing_else_calls_it(on_cpu):
     assert CALL not in jax.jit(network.apply).lower(variables, images).as_text()
 
 
+def test_what_was_traced_before_is_traced_anew(on_cpu, monkeypatch):
+    """Of a network that is not folded both are `network.apply` of equal arguments."""
+    needs("float32")
+    network, images = create_model("lenet5"), jnp.zeros((1, 32, 32, 1))
+    variables = jax.device_put(initialize(network, jax.random.key(0), resolution=32))
+    apply = jax.jit(network.apply)  # alive, and with it its trace
+    apply(variables, images)
+    calls, compile_ = [], jax.stages.Lowered.compile
+
+    def spy(lowered):
+        calls.append(lowered.as_text().count(CALL))
+        return compile_(lowered)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", spy)
+    optimize_for_inference(network, variables)(images)
+    assert calls == [3]
+    assert CALL not in apply.lower(variables, images).as_text()
+
+
 def test_its_programs_are_written_to_no_cache(on_cpu, monkeypatch):
     # What jaxlib makes of them there is read from memory that is not theirs: seen as std::bad_alloc, and may be worse.
     needs("float32")
