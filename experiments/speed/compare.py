@@ -9,9 +9,11 @@ What is measured: batches of random images, batch norm over the whole batch, cro
   eager    torchvision's network, else timm's; channels_last, autocast for bfloat16, optimizer `torch.optim.SGD`
   compile  the same through `torch.compile`
 ours and plain take uint8 images and normalise them in the step, torch's are normalised beforehand. Inference (`infer`) takes
-normalised images on all sides; `infer_folded` has the batch norms folded into the convolutions. Dropout, stochastic depth and
-auxiliary classifiers are on in training. All sides use all cores. On a GPU float32 is TensorFloat-32 for products on all sides,
-and cuDNN benchmarks its algorithms. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command gives every side huge pages.
+normalised images on all sides, in the dtype, and torch's network is wholly in it; `infer_folded` has the batch norms folded
+into the convolutions. There, and for networks without batch norm, ours is what `optimize_for_inference` gives. Dropout,
+stochastic depth and auxiliary classifiers are on in training. All sides use all cores. On a GPU float32 is TensorFloat-32 for
+products on all sides, and cuDNN benchmarks its algorithms. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command gives
+every side huge pages.
 
 The sides of one network, dtype and mode are processes that run side by side and wait; each in turn is asked for a burst of
 steps, every burst awaited, so that a machine whose speed drifts slows all alike.
