@@ -13,7 +13,8 @@ memory          of the compiled program on one device: arguments + outputs - wha
 matrix          share of the measured matrix ceiling: 2 FLOPs for each multiply-add of `summary` in inference and 6 in training
                 (the backward pass has two products for each one of the forward pass), whatever the compiler makes of it.
 bandwidth       share of the measured memory bandwidth: "bytes accessed" of the compiled program. That is the compiler's
-                estimate, in which what stays in a cache counts as if it came from memory: the share may pass 100 %.
+                estimate, in which what stays in a cache counts as if it came from memory: the share may pass 100 %. Of
+                optimized inference on a CPU it leaves out what oneDNN reads and writes, which is most.
 
 The ceilings are measured first, on all devices at once: the best of some large matrix products in the dtype, at the default
 precision and accumulated in float32; and bytes read and written by x * a + y over arrays far larger than the caches.

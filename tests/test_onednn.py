@@ -102,8 +102,9 @@ NETWORKS = SMALL | {
     "resnet18": {"stage_sizes": (1, 1), "width": 0.25, "preactivation": True},  # not folded
     "resnet34": {"stage_sizes": (2, 1), "width": 0.25, "stochastic_depth": 0.5, "stochastic_depth_scaling": "test"},
     "mobilenet_v3_large": {"stages": ((3, 16, 16, True, "RE", 2), (3, 16, 16, False, "HS", 1)), "norm_place": "after"},
+    "vgg13_bn": {"width": 0.125, "norm_place": "after"},  # not folded, and its convolutions have a bias beside the norm
 }
-DEFAULT = ("resnet50", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "resnet18")
+DEFAULT = ("vgg13_bn", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "resnet18")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n not in DEFAULT)) for n in NETWORKS])

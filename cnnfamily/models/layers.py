@@ -127,7 +127,8 @@ def conv_and_norm(network: nn.Module, train: bool) -> tuple[Callable, Callable]:
     is a `BatchNorm` and an activation (default: none), in the order of `network.norm_place`; the activation alone where
     `network.batch_norm` is False. Both map `[batch, height, width, channels]`. In evaluation `conv` leaves the rounding to
     `norm`, which has to follow; not with `network.preactivation`, where a sum may follow. `norm(..., rounded=False)` leaves it
-    to what follows in turn, a sum or squeeze-and-excitation; in training all is rounded.
+    to what follows in turn, a sum or squeeze-and-excitation; in training all is rounded. By oneDNN what stands between
+    them may be an `onednn.Pending` instead of an array.
 
     Raises:
       UsageError: an unknown `norm_place`, or `zero_init_last` without a norm.
@@ -147,15 +148,20 @@ def conv_and_norm(network: nn.Module, train: bool) -> tuple[Callable, Callable]:
             return x.astype(network.dtype) if train or rounded else x
 
         if not network.batch_norm:
-            waits = not rounded and activation is ACTIVATIONS["identity"]
-            computed = (lambda x: x) if waits else (lambda x: x.output(activation))
-            return lambda x: computed(x) if isinstance(x, onednn.Pending) else leave(activation(x))
+
+            def end(x):
+                if not isinstance(x, onednn.Pending):
+                    return leave(activation(x))
+                waits = not rounded and activation is ACTIVATIONS["identity"]  # for a sum, which it can take up
+                return x if waits else x.output(activation)
+
+            return end
         statistics = (network.norm_momentum, network.norm_epsilon, group, network.axis_name)
         layer = BatchNorm(train, *statistics, rounded=train, dtype=network.dtype, **fields)
         if not before:
-            return lambda x: leave(layer(activation(x)))
+            return lambda x: leave(layer(activation(onednn.finished(x))))
         # In evaluation apart, so that what leaves the layer is what leaves torch's and Keras's.
-        return lambda x: layer(x, activation) if train else leave(activation(layer(x)))
+        return lambda x: layer(x, activation) if train else leave(activation(layer(onednn.finished(x))))
 
     return conv, norm
 

@@ -1,8 +1,8 @@
 """Convolutions of inference on a CPU by oneDNN, with bias, sum and activation in the same pass.
 
-oneDNN (https://uxlfoundation.github.io/oneDNN) is what torch computes with on a CPU. jaxlib contains it, and though no flag of
-these versions makes XLA's compiler use it, a program that names its convolution as the compiler would gets it. In bfloat16
-whole networks infer 1.4 to 3 times as fast as with the forms in `cpu_forms` (`experiments/speed/README.md`).
+oneDNN (https://uxlfoundation.github.io/oneDNN) is what torch computes with on a CPU. jaxlib contains it, and though no flag
+that was tried makes XLA's compiler use it, a program that names its convolution as the compiler would gets it. In bfloat16
+whole networks infer 1.4 to 2.2 times as fast as with the forms in `cpu_forms` (`experiments/speed/README.md`).
 
 It has no gradients. A program with it cannot be kept on disk: jaxlib takes the call for one of another kind and reads memory
 that is none of its (seen as std::bad_alloc). A call that oneDNN refuses ends the process. So it is used for what
@@ -124,6 +124,7 @@ class Pending:
 
 
 def finished(x: Array | Pending) -> Array:
+    """`x` as an array `[batch, height, width, channels]`: of what is pending the output without activation."""
     return x.output() if isinstance(x, Pending) else x
 
 

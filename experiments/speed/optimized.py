@@ -14,7 +14,7 @@ import compare
 import jax
 import numpy as np
 
-from cnnfamily import create_model, disk, errors, fold_batch_norm, memory, models, optimize_for_inference
+from cnnfamily import ceilings, create_model, disk, fold_batch_norm, memory, models, optimize_for_inference
 from cnnfamily.models import onednn
 
 
@@ -51,7 +51,8 @@ def row(name: str, dtype: str, arguments: argparse.Namespace) -> str:
     side = network.resolution
     images = np.random.default_rng(0).normal(size=(arguments.batch, side, side, network.in_channels))
     images = jax.device_put(images.astype(np.float32)).astype(dtype)
-    infer, (folded, without) = optimize_for_inference(network, variables), folded_if_possible(network, variables)
+    infer = optimize_for_inference(network, variables)
+    folded, without = fold_batch_norm(network, variables) if variables["batch_stats"] else (network, variables)
     apply = jax.jit(folded.apply)
     calls, compiling, logits = {"folded": lambda: apply(without, images), "optimized": lambda: infer(images)}, {}, {}
     for form, call in calls.items():
@@ -61,29 +62,12 @@ def row(name: str, dtype: str, arguments: argparse.Namespace) -> str:
     rates = {form: [] for form in calls}
     for _ in range(arguments.rounds):
         for form, call in calls.items():
-            rates[form].append(arguments.batch / statistics.mean(burst(call, arguments.seconds)))
+            times = ceilings.durations(lambda call=call: jax.block_until_ready(call()), seconds=arguments.seconds)
+            rates[form].append(arguments.batch / times.mean())
     ratios = [ours / before for before, ours in zip(rates["folded"], rates["optimized"], strict=True)]
     difference = abs(logits["optimized"] - logits["folded"]).max() / abs(logits["folded"]).max()
     cells = [name, dtype, *(spread(rates[form], 0) for form in calls), spread(ratios, 2), f"{difference:.0e}"]
     return f"| {' | '.join([*cells, *(f'{compiling[form]:.1f}' for form in calls)])} |"
-
-
-def folded_if_possible(network, variables):
-    try:
-        return fold_batch_norm(network, variables)
-    except errors.UsageError:  # no batch norm
-        return network, variables
-
-
-def burst(call, seconds: float) -> list[float]:
-    """Seconds of each of the calls that fit in, after one that is not timed."""
-    jax.block_until_ready(call())
-    times = []
-    while not times or sum(times) < seconds:
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return times
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -176,7 +176,7 @@ def on_torch(job: Namespace) -> Burst:
     if job.mode != "train":
         settle(model, images)
         model = folded_in_torch(model, images) if job.mode == "infer_folded" else model
-        # All of it in the dtype, as ours keeps its kernels: faster than autocast for all networks but VGG16 on a CPU.
+        # All of it in the dtype, as ours keeps its kernels: faster than autocast for most networks on a CPU.
         dtype, cast = getattr(torch, job.dtype), contextlib.nullcontext
         model, images = model.to(dtype), images.to(dtype)
     run = torch.compile(model) if job.side == "compile" else model
