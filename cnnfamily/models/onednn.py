@@ -2,7 +2,7 @@
 
 oneDNN (https://uxlfoundation.github.io/oneDNN) is what torch computes with on a CPU. jaxlib contains it, and though no flag
 that was tried makes XLA's compiler use it, a program that names its convolution as the compiler would gets it. In bfloat16
-whole networks infer 1.4 to 2.2 times as fast as with the forms in `cpu_forms` (`experiments/speed/README.md`).
+whole networks infer 1.4 to 2.3 times as fast as with the forms in `cpu_forms` (`experiments/speed/README.md`).
 
 It has no gradients. A program with it cannot be kept on disk: jaxlib takes the call for one of another kind and reads memory
 that is none of its (seen as std::bad_alloc). A call that oneDNN refuses ends the process. So it is used for what
