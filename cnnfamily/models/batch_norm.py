@@ -107,8 +107,8 @@ def _normalise(x: Array, scale: Array, bias: Array, statics: Statics) -> tuple[A
 
 @partial(jax.jit, static_argnums=3)
 def _forward(x: Array, scale: Array, bias: Array, statics: Statics):
+    mean, var = _moments(x, scale)
     wide = x.astype(scale.dtype)
-    mean, var = _moments(wide, scale)
     if statics.members:  # one collective: gather each device's moments and combine them without cancellation
         both = jnp.stack([mean, var])
         means, variances = lax.all_gather(both, statics.axis_name, axis_index_groups=_lists(statics.members), axis=1)
@@ -128,12 +128,18 @@ def _moments(x: Array, scale: Array) -> tuple[Array, Array]:
     """
 
     def undefined(x):  # nor is the output, then
-        return (jnp.full((x.shape[0], 1, 1, 1, x.shape[-1]), jnp.nan, x.dtype),) * 2
+        return (jnp.full((x.shape[0], 1, 1, 1, x.shape[-1]), jnp.nan, scale.dtype),) * 2
+
+    def defined(x):  # widened here: an operand of the conditional is written to memory
+        return _moments_in_one_pass(x.astype(scale.dtype))
 
     def apart(x, scale):
-        return lax.cond(scale[0] < jnp.inf, _moments_in_one_pass, undefined, x)
+        return lax.cond(scale[0] < jnp.inf, defined, undefined, x)
 
-    return lax.platform_dependent(x, scale, cpu=apart, default=lambda x, scale: _moments_in_two_passes(x))
+    def together(x, scale):
+        return _moments_in_two_passes(x.astype(scale.dtype))
+
+    return lax.platform_dependent(x, scale, cpu=apart, default=together)
 
 
 def _moments_in_two_passes(x: Array) -> tuple[Array, Array]:
