@@ -1,20 +1,20 @@
 """Speed, memory and compile time of networks: `python -m cnnfamily.benchmark [MODEL ...] [--batch=N] [--by-layer] [--json]`.
 
 A training step is the product's own (`step.train_step` with SGD and momentum, over all devices, the state donated), inference
-is the network's function of normalised images, and with `--mode=optimized` what `optimize_for_inference` makes of it. They get
-random uint8 images that lie on the device already: reading data is no part of it. Every step is awaited, so a step's time holds
-its dispatch too.
+is the network's function of normalised images, with `--mode=optimized` what `optimize_for_inference` makes of it, and
+`--mode=onednn` is a training step with `config.onednn`. They get random uint8 images that lie on the device already: reading
+data is no part of it. Every step is awaited, so a step's time holds its dispatch too.
 
 images/s, ms    the batch over the median time of a step after two warm-up steps; ms with the lower and the upper quartile.
 compile         seconds from the traced program to one that runs: into an empty compilation cache, and out of that cache, which
-                optimized inference does not use.
+                neither optimized inference nor training by oneDNN uses.
 memory          of the compiled program on one device: arguments + outputs - what they share + temporaries. Beside it, in the
                 JSON, the allocator's own peak since the process began, where the device counts it (GPU, TPU).
 matrix          share of the measured matrix ceiling: 2 FLOPs for each multiply-add of `summary` in inference and 6 in training
                 (the backward pass has two products for each one of the forward pass), whatever the compiler makes of it.
 bandwidth       share of the measured memory bandwidth: "bytes accessed" of the compiled program. That is the compiler's
                 estimate, in which what stays in a cache counts as if it came from memory: the share may pass 100 %. Of
-                optimized inference on a CPU it leaves out what oneDNN reads and writes, which is most.
+                optimized inference and training by oneDNN it leaves out what oneDNN reads and writes, which is most.
 
 The ceilings are measured first, on all devices at once: the best of some large matrix products in the dtype, at the default
 precision and accumulated in float32; and bytes read and written by x * a + y over arrays far larger than the caches.
@@ -37,10 +37,11 @@ from flax import linen as nn
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, PartitionSpec
 
-from cnnfamily import errors, memory, models, parallel, profile_layers
+from cnnfamily import errors, memory, models, parallel, profile_layers, programs
 from cnnfamily import inference as optimized
 from cnnfamily.ceilings import Ceilings, durations, measure_ceilings
 from cnnfamily.data import augment
+from cnnfamily.models import onednn
 from cnnfamily.step import Objective, create_state, train_step
 from cnnfamily.summary import summarize
 
@@ -48,7 +49,7 @@ DEFAULT = (
     *("lenet5", "alexnet", "vgg16", "resnet50", "googlenet"),
     *("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0"),
 )
-MODES = ("train", "infer", "optimized")
+MODES = ("train", "onednn", "infer", "optimized")
 _NORMAL = (0.449, 0.226)  # mean and standard deviation over ImageNet's channels; random pixels need no exact ones
 _WHOLE, _CUT = PartitionSpec(), PartitionSpec(parallel.AXIS)
 
@@ -71,7 +72,12 @@ class Program:
 
     def tracing(self) -> contextlib.AbstractContextManager:
         """Where it has to be traced and compiled."""
-        return optimized.tracing() if self.mode == "optimized" else contextlib.nullcontext()
+        in_what = {"onednn": "training", "optimized": "inference"}.get(self.mode)
+        return programs.by_onednn(in_what) if in_what else contextlib.nullcontext()
+
+    @property
+    def trains(self) -> bool:
+        return self.mode in ("train", "onednn")
 
     def lower(self) -> jax.stages.Lowered:
         """The program traced anew."""
@@ -84,13 +90,19 @@ class Program:
     def step(self) -> jax.Array | tuple:
         """Runs once and waits for it: logits `[batch, num_classes]`, or the new state and the step's metrics."""
         outputs = jax.block_until_ready(self.compiled(*self.arguments))
-        if self.mode == "train":
+        if self.trains:
             self.arguments[0] = outputs[0]
         return outputs
 
 
 def training(
-    network: nn.Module, batch: int, *, resolution: int = 0, mesh: Mesh | None = None, recompute: bool = False
+    network: nn.Module,
+    batch: int,
+    *,
+    resolution: int = 0,
+    mesh: Mesh | None = None,
+    recompute: bool = False,
+    mode: str = "train",
 ) -> Program:
     """The product's training step: SGD with momentum 0.9 on one batch of random uint8 images and labels.
 
@@ -99,10 +111,13 @@ def training(
       resolution: side of the images in pixels; 0: the network's own.
       mesh: as from `parallel.data_mesh`, which it is by default.
       recompute: the field of `step.Objective`.
+      mode: "train", or "onednn" for convolutions by oneDNN.
 
     Raises:
-      UsageError: the batch cannot be divided over the devices, or the network cannot take such images.
+      UsageError: the batch cannot be divided over the devices, the network cannot take such images, or there is no oneDNN.
     """
+    if mode == "onednn" and (missing := onednn.missing(network.dtype)):
+        raise errors.UsageError(f"training by oneDNN: {missing}")
     resolution, mesh = _accepted(network, batch, resolution, mesh)
     optimizer = optax.sgd(1e-3, momentum=0.9)
     variables = models.initialize(network, jax.random.key(0), resolution=resolution)
@@ -113,7 +128,7 @@ def training(
     arrays = {"images": _images(network, batch, resolution), "labels": np.arange(batch, dtype=np.int32) % network.num_classes}
     arrays |= {name: np.arange(batch, dtype=np.int32) for name in ("index", "position")}
     examples = parallel.place({name: array[None] for name, array in arrays.items()}, mesh, batch_axis=1)
-    return Program(network, "train", batch, resolution, mesh, function, [parallel.replicate(state, mesh), examples, {}])
+    return Program(network, mode, batch, resolution, mesh, function, [parallel.replicate(state, mesh), examples, {}])
 
 
 def inference(network: nn.Module, batch: int, *, resolution: int = 0, mesh: Mesh | None = None, mode: str = "infer") -> Program:
@@ -206,7 +221,7 @@ def measure(
     compiling = compile_seconds(program)
     times = durations(program.step, steps=steps, seconds=seconds)
     low, median, high = (float(value) for value in np.quantile(times, (0.25, 0.5, 0.75)))
-    flops = (6 if mode == "train" else 2) * counts.macs * program.batch
+    flops = (6 if program.trains else 2) * counts.macs * program.batch
     accessed = program.compiled.cost_analysis().get("bytes accessed", 0.0) * program.mesh.size
     device = program.mesh.devices.flat[0]
     row = {
@@ -291,8 +306,8 @@ def main(argv: list[str]) -> None:
     rows = []
     for name, network in networks.items():
         for mode in ("train", "infer") if arguments.mode == "both" else (arguments.mode,):
-            prepare = training if mode == "train" else functools.partial(inference, mode=mode)
-            program = prepare(network, arguments.batch, resolution=arguments.resolution, mesh=mesh)
+            prepare = training if mode in ("train", "onednn") else inference
+            program = prepare(network, arguments.batch, resolution=arguments.resolution, mesh=mesh, mode=mode)
             options = {"steps": arguments.steps or 0, "seconds": arguments.seconds, "by_layer": arguments.by_layer}
             rows.append({"name": name, **measure(program, ceiling, **options)})
             if not arguments.json:

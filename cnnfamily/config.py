@@ -21,7 +21,7 @@ _KEPT_FIELDS = ("num_classes", "dtype", "norm_group", "norm_momentum")
 # Of how a run is carried out and not of what it computes: with another value it goes on, and is the same row of a study.
 _OF_NO_RESULT = ("keep_programs",)
 # Keys that came after results were committed, off: so a row from before, which has none, keeps its hash.
-_LATER = {"augment.flip_alternating": False}
+_LATER = {"augment.flip_alternating": False, "onednn": False}
 
 
 def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:

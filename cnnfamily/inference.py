@@ -1,7 +1,7 @@
 """A trained network as it infers fastest: batch norm folded, kernels narrowed once, and on a CPU convolutions by oneDNN."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,6 @@ from flax import linen as nn
 from cnnfamily import programs
 from cnnfamily.errors import UsageError
 from cnnfamily.fold import fold_batch_norm
-from cnnfamily.models import onednn
-
-
-@contextlib.contextmanager
-def tracing() -> Iterator[None]:
-    """For tracing and compiling: convolutions by oneDNN, and no cache on disk, which would not take them."""
-    with programs.not_kept(), onednn.used():
-        yield
 
 
 def prepare(network: nn.Module, variables: dict) -> tuple[nn.Module, dict]:
@@ -52,7 +44,7 @@ def optimize_for_inference(network: nn.Module, variables: dict) -> Callable[[jax
         key = images.shape, images.dtype
         if key not in compiled:
             # Not `network.apply` itself, of which JAX may have a trace from outside, and would keep this one for outside.
-            with tracing():
+            with programs.by_onednn("inference"):
                 program = jax.jit(lambda variables, images: network.apply(variables, images))
                 compiled[key] = program.lower(variables, images).compile()
         return compiled[key](variables, images)

@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from cnnfamily import disk, errors
+from cnnfamily.models import onednn
 
 # EfficientNet-B0 on the digits leaves 2.4 MB in 92 programs: room for some hundred networks, and no burden on a home directory.
 LIMIT_BYTES = 2**30
@@ -51,6 +52,13 @@ def kept(config: ConfigDict | None = None) -> Iterator[None]:
         # time without a cache, 8.2 with JAX's threshold and 6.8 with none.
         settings["jax_persistent_cache_min_compile_time_secs"] = 0.0
     with _settings(settings), _one_line(folder):
+        yield
+
+
+@contextlib.contextmanager
+def by_onednn(in_what: str) -> Iterator[None]:
+    """For tracing and compiling: convolutions by oneDNN (`onednn.used`), and no cache on disk, which would not take them."""
+    with not_kept(), onednn.used(in_what):
         yield
 
 

@@ -38,6 +38,7 @@ from cnnfamily import (
 from cnnfamily import config as configs
 from cnnfamily.data import feed
 from cnnfamily.evaluate import evaluate_state, fresh_state, make_evaluator
+from cnnfamily.models import onednn
 from cnnfamily.progress import Clock, Report
 from cnnfamily.step import Objective, largest_magnitude, train_step
 
@@ -86,6 +87,9 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             )
         evaluate_every = max(1, round(config.evaluate.every_epochs * train.steps_per_epoch))
 
+        if config.get("onednn") and (missing := onednn.missing(config.model.dtype)):
+            raise errors.UsageError(f"config.onednn=True: {missing}; expected False, with which a run computes without oneDNN")
+
         # Network, optimizer, state, and the two programs
         schedule = optim.learning_rate_schedule(
             config.optim, total_steps=total_steps, steps_per_epoch=train.steps_per_epoch, batch_size=config.batch_size
@@ -119,7 +123,12 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 ema_warmup=config.ema.warmup,
             )
             update = parallel.map_over_devices(interrupt.agree(step_function), mesh, batch_axis=1, outputs=2, donate=True)
-            return aside.submit(update.lower(state, batch, train.store).compile)
+            if not config.get("onednn"):
+                return aside.submit(update.lower(state, batch, train.store).compile)
+            with programs.by_onednn("training"):  # which turns the cache off for all threads: so this one waits
+                compiled = aside.submit(update.lower(state, batch, train.store).compile)
+                compiled.exception()
+            return compiled
 
         report.say(f"{config.model.name} on {data.name}, {mesh.size} {jax.devices()[0].device_kind}: {workdir}")
         stop = interrupt.StopRequest()

@@ -94,9 +94,10 @@ def test_another_network_averages_batch_statistics_as_the_run_asks():
 def test_what_cannot_change_a_result_or_came_later_and_is_off_is_no_part_of_a_run():
     """Else the rows of the committed studies were others with each new key."""
     plain = configs.identity(configs.load_config(B0))
-    assert not {"keep_programs", "augment.flip_alternating"} & plain.keys()
+    assert not {"keep_programs", "augment.flip_alternating", "onednn"} & plain.keys()
     alternating = configs.load_config(B0, {"augment.flip_alternating": True})
     assert configs.identity(alternating) == plain | {"augment.flip_alternating": True}
+    assert configs.identity(configs.load_config(B0, {"onednn": True})) == plain | {"onednn": True}
 
 
 def test_json_gives_the_config_back():

@@ -9,9 +9,10 @@ of a deep network. A convolution is bilinear, so each kind is written here as th
     output(images, kernel)    to_images(cotangent, kernel)    to_kernel(images, cotangent)
 
 the second and third being the gradients of the first. The gradients of each of the three are the other two, so
-derivatives of any order stay among them. Each product is chosen at lowering: the form in `cpu_forms` or `cpu_depthwise`,
-or the plain convolution and its transposes on every other platform. The choice stands inside the differentiation rules
-because the gradient of a conditional would keep the residuals of both branches.
+derivatives of any order stay among them. Each product is chosen at lowering: the form in `cpu_forms` or `cpu_depthwise` (or
+`onednn_forms`, in training that asks for it), or the plain convolution and its transposes on every other platform. The
+choice stands inside the differentiation rules because the gradient of a conditional would keep the residuals of both
+branches.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from cnnfamily.models import cpu_depthwise
+from cnnfamily.models import cpu_depthwise, onednn_forms
 from cnnfamily.models import cpu_forms as cpu
 from cnnfamily.models.geometry import NHWC, Geometry, Pair, sum_dtype
 
@@ -108,6 +109,8 @@ def _kind(images: Array, kernel: Array, geometry: Geometry) -> str:
     agree = images.dtype == kernel.dtype and images.shape[3] == kernel.shape[2] * geometry.groups
     if not agree or kernel.shape[3] % geometry.groups or min(geometry.output_size) <= 0:
         return "plain"
+    if onednn_forms.applies(images, kernel, geometry):
+        return "onednn"
     if geometry.groups > 1:
         return "depthwise" if geometry.groups == images.shape[3] == kernel.shape[3] else "grouped"
     if geometry.kernel_size == (1, 1) and geometry.padding == ((0, 0), (0, 0)):
@@ -203,6 +206,7 @@ def _product(which: str, default: Callable, /, **on_cpu: Callable) -> jax.custom
 _output = _product(
     "output",
     _plain_output,
+    onednn=onednn_forms.output,
     depthwise=cpu_depthwise.depthwise_output,
     pointwise=cpu.pointwise_output,
     patches=cpu.patches_output,
@@ -218,6 +222,7 @@ _output = _product(
 _to_images = _product(
     "to_images",
     _plain_to_images,
+    onednn=onednn_forms.to_images,
     plain=cpu.ordered_to_images,
     patches=cpu.ordered_to_images,
     few=cpu.ordered_to_images,
@@ -233,6 +238,7 @@ _to_images = _product(
 _to_kernel = _product(
     "to_kernel",
     _plain_to_kernel,
+    onednn=onednn_forms.to_kernel,
     plain=cpu.ordered_to_kernel,
     dense=cpu.apart_to_kernel,
     tiny=cpu.ordered_to_kernel,

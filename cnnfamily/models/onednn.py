@@ -1,12 +1,12 @@
-"""Convolutions of inference on a CPU by oneDNN, with bias, sum and activation in the same pass.
+"""oneDNN on a CPU: its calls, where they can be made, and convolutions of inference with what follows in the same pass.
 
 oneDNN (https://uxlfoundation.github.io/oneDNN) is what torch computes with on a CPU. jaxlib contains it, and though no flag
-that was tried makes XLA's compiler use it, a program that names its convolution as the compiler would gets it. In bfloat16
-whole networks infer 1.4 to 2.3 times as fast as with the forms in `cpu_forms` (`experiments/speed/README.md`).
+that was tried makes XLA's compiler use it, a program that names its convolution or product as the compiler would gets it. In
+bfloat16 whole networks infer 1.4 to 2.3 times as fast as with the forms in `cpu_forms` (`experiments/speed/README.md`).
 
-It has no gradients. A program with it cannot be kept on disk: jaxlib takes the call for one of another kind and reads memory
-that is none of its (seen as std::bad_alloc). A call that oneDNN refuses ends the process. So it is used for what
-`optimize_for_inference` compiles and nowhere else, and only with versions of jaxlib and processors that are known to do.
+A program with it cannot be kept on disk: jaxlib takes the call for one of another kind and reads memory that is none of its
+(seen as std::bad_alloc). A call that oneDNN refuses ends the process. So it is used for what `optimize_for_inference`
+compiles and for training that asks for it (`onednn_forms`), and only with versions of jaxlib and processors known to do.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -35,13 +35,16 @@ _AFTER: dict[Callable, tuple[str, float]] = {
     nn.sigmoid: ("SIGMOID", 0.0),
     jnp.tanh: ("TANH", 0.0),
 }
-_USED = contextvars.ContextVar("onednn_used", default=False)
+_USED = contextvars.ContextVar("onednn_used", default="")
 
 
 @contextlib.contextmanager
-def used() -> Iterator[None]:
-    """For what is traced: its convolutions are computed by oneDNN, if `missing` finds nothing that is missing."""
-    before = _USED.set(True)
+def used(in_what: str = "inference") -> Iterator[None]:
+    """For what is traced: its convolutions are computed by oneDNN, if `missing` finds nothing that is missing.
+
+    `in_what` is "inference" (no gradients, and with what follows in the same pass) or "training".
+    """
+    before = _USED.set(in_what)
     try:
         yield
     finally:
@@ -63,16 +66,67 @@ def missing(dtype: str) -> str:
     return "" if _features() & set(needed) else f"the processor has no {' and no '.join(needed)}"
 
 
-def applies(images: Array, kernel: Array, geometry: Geometry) -> bool:
+def applies(images: Array, kernel: Array, geometry: Geometry, in_what: str = "inference") -> bool:
     """Whether a convolution that is being traced is to be one of oneDNN's.
 
     Not of one pixel, as in squeeze-and-excitation: for each call it turns the kernel into an order of its own. 16 such of 960
     channels to 1280 take 0.88 ms, 0.15 as a matrix product (bfloat16, two Zen 5 cores, n = 15 in turn).
     """
-    if geometry.image_size == (1, 1):
+    if geometry.image_size == (1, 1) or min(map(min, geometry.padding)) < 0:  # a call that pads by less than nothing is refused
         return False
     sane = images.size and min(geometry.output_size) > 0 and images.shape[3] == kernel.shape[2] * geometry.groups
-    return bool(_USED.get() and sane and images.dtype == kernel.dtype and not missing(images.dtype))
+    return bool(_USED.get() == in_what and sane and images.dtype == kernel.dtype and not missing(images.dtype))
+
+
+def convolution(
+    images: Array,
+    kernel: Array,
+    geometry: Geometry,
+    dtype: jnp.dtype,
+    fusions: dict | None = None,
+    operands: Sequence[Array] = (),
+    turned: bool = False,
+) -> Array:
+    """oneDNN's own, in `dtype`: of `images` or float32. `turned`: the kernel is `[height, width, filters, channels]`."""
+    (top, bottom), (left, right) = geometry.padding
+    data = {"data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
+    channels, filters = (3, 2) if turned else (2, 3)
+    settings = {
+        "dims": 4,
+        "input": data,
+        "kernel": {"filter": {"input_feature_dim": channels, "output_feature_dim": filters, "spatial_dims": [0, 1]}},
+        "output": data,
+        "window": {
+            "size": geometry.kernel_size,
+            "pad_left": [top, left],
+            "pad_right": [bottom, right],
+            "strides": geometry.stride,
+            "window_dilations": [1, 1],
+        },
+        "feature_groups": geometry.groups,
+        "fusions": fusions or {},
+    }
+    shape = (images.shape[0], *geometry.output_size, kernel.shape[filters])
+    return _call("convolution", {"onednn_conv_config": settings}, shape, dtype, images, kernel, *operands)
+
+
+def product(left: Array, right: Array, dtype: jnp.dtype, *, left_turned: bool = False, right_turned: bool = False) -> Array:
+    """oneDNN's own of two matrices, of which each may be transposed first, in `dtype`: theirs or float32."""
+    shape = left.shape[1 if left_turned else 0], right.shape[0 if right_turned else 1]
+    settings = {"transpose_a": left_turned, "transpose_b": right_turned}
+    return _call("matmul", {"onednn_matmul_config": settings}, shape, dtype, left, right)
+
+
+def _call(which: str, settings: dict, shape: tuple[int, ...], dtype: jnp.dtype, *operands: Array) -> Array:
+    result = jax.ShapeDtypeStruct(shape, dtype)
+    call = jax.ffi.ffi_call(
+        f"__onednn${which}",
+        result,
+        custom_call_api_version=2,
+        legacy_backend_config=json.dumps(settings),
+        vmap_method="sequential",
+    )
+    return call(*operands)
 
 
 @dataclasses.dataclass
@@ -95,30 +149,9 @@ class Pending:
         """
         operation, coefficient = _AFTER.get(activation, ("", 0.0))
         operations = ["BIAS"] * (self.bias is not None) + ["BINARY_ADD"] * (summand is not None) + [operation] * bool(operation)
-        height, width = self.geometry.padding
-        data = {"data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
-        settings = {
-            "dims": 4,
-            "input": data,
-            "kernel": {"filter": {"input_feature_dim": 2, "output_feature_dim": 3, "spatial_dims": [0, 1]}},
-            "output": data,
-            "window": {
-                "size": self.geometry.kernel_size,
-                "pad_left": [height[0], width[0]],
-                "pad_right": [height[1], width[1]],
-                "strides": self.geometry.stride,
-                "window_dilations": [1, 1],
-            },
-            "feature_groups": self.geometry.groups,
-            "fusions": {"ops": operations, "alpha": [coefficient] * bool(operation)},
-        }
-        call = jax.ffi.ffi_call(
-            "__onednn$convolution",
-            jax.ShapeDtypeStruct(self.shape, self.images.dtype),
-            custom_call_api_version=2,
-            legacy_backend_config=json.dumps({"onednn_conv_config": settings}),
-        )
-        output = call(self.images, self.kernel, *(operand for operand in (self.bias, summand) if operand is not None))
+        operands = [operand for operand in (self.bias, summand) if operand is not None]
+        fusions = {"ops": operations, "alpha": [coefficient] * bool(operation)}
+        output = convolution(self.images, self.kernel, self.geometry, self.images.dtype, fusions, operands)
         # Widened first: of narrow numbers XLA rounds each operation.
         return output if operation else _rounded(activation(output.astype(jnp.float32)), output.dtype)
 

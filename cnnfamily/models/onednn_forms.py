@@ -1,0 +1,86 @@
+"""The three products of a convolution (see `convolution`) by oneDNN, for training on a CPU that asks for it (`config.onednn`).
+
+Milliseconds in this file: bfloat16, batch 16, as `cpu_forms` has it and here, two Zen 5 cores, JAX 0.10.2, medians of 9 in
+turn. In all, a step of ResNet-50 at 224 pixels: see experiments/speed/README.md.
+"""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from cnnfamily.models import cpu_forms as cpu
+from cnnfamily.models import onednn
+from cnnfamily.models.geometry import Geometry, is_narrow, pad, seen_by_taps, spread, strided, sum_dtype
+
+FEWEST = 16  # channels and filters
+FEWEST_ROWS = 7  # of outputs with which rows of zeros cost less than windows do: of 7 in a product of 9 they are 2
+
+
+def applies(images: Array, kernel: Array, geometry: Geometry) -> bool:
+    """Whether a convolution that is being traced takes these forms: a dense one in training that asks for oneDNN."""
+    dense = geometry.groups == 1 and min(kernel.shape[2:]) >= FEWEST
+    return dense and onednn.applies(images, kernel, geometry, "training")
+
+
+# 1x1 as a product, 3x3 as a convolution: 56x56, 64 to 256: 4.5 to 1.9; 256 to 64: 3.5 to 1.9; 14x14, 1024 to 256: 1.7 and 1.8;
+# 3x3 of 56x56x64: 9.8 to 3.9; 28x28x128: 8.2 to 3.8; 14x14x256: 5.3 to 3.7; 7x7x512: 4.6 to 4.1.
+
+
+def output(images: Array, kernel: Array, geometry: Geometry) -> Array:
+    dtype = images.dtype if geometry.rounded else sum_dtype(images)
+    if not _is_pointwise(geometry):
+        return onednn.convolution(images, kernel, geometry, dtype)
+    seen = strided(images, geometry.stride)
+    return onednn.product(_flat(seen), kernel[0, 0], dtype).reshape(*seen.shape[:3], -1)
+
+
+# 56x56, 64 to 256: 3.5 to 1.9; 256 to 64: 4.3 to 2.0; 7x7, 1024 to 2048: 3.5 and 3.5, and as a convolution 4.6. 3x3 of
+# 56x56x64: 10.4 to 3.9; 28x28x128: 6.2 to 3.7; 14x14x256: 5.1 to 3.7; 7x7x512: 5.0 to 4.3, and 6.0 where XLA transposes the
+# kernel.
+
+
+def to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
+    if _is_pointwise(geometry):
+        product = onednn.product(_flat(cotangent), kernel[0, 0], cotangent.dtype, right_turned=True)
+        product = product.reshape(*cotangent.shape[:3], -1)
+        return product if geometry.stride == (1, 1) else pad(product, *spread((0, 0), geometry))
+    around = tuple(tuple(side.taps - 1 - padding for padding in side.padding) for side in geometry.sides)
+    if geometry.stride != (1, 1) or min(map(min, around)) < 0:
+        return cpu.by_taps_to_images(cotangent, kernel, geometry)
+    back = Geometry(geometry.output_size, geometry.kernel_size, (1, 1), around, 1)
+    return onednn.convolution(cotangent, kernel[::-1, ::-1], back, cotangent.dtype, turned=True)
+
+
+def to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
+    """Products over the pixels: with a stride one for each tap, else one for all.
+
+    That is of images shifted by the columns of the kernel, side by side, and of the cotangent shifted by its rows, with zeros
+    around. 1x1, 56x56, 64 to 256: 7.5 to 4.1; 14x14, 1024 to 256: 3.5 to 2.0. 3x3 of 56x56x64: 14.8 to 9.5, a product for each
+    tap 13.4; 28x28x128: 7.3 to 6.4, 7.8; 14x14x256: 6.0 to 6.0, 5.9; 7x7x512: 6.3 to 5.8, 5.9.
+    """
+    (rows, columns), (height, width) = geometry.kernel_size, geometry.output_size
+    channels, filters = images.shape[3], cotangent.shape[3]
+    padded = pad(images, geometry.padding)
+    if geometry.stride == (1, 1) and (rows == 1 or height >= FEWEST_ROWS):
+        by_columns = _side_by_side([padded[:, :, column : column + width] for column in range(columns)])
+        by_rows = _side_by_side([pad(cotangent, ((row, rows - 1 - row), (0, 0))) for row in range(rows)])
+        product = onednn.product(_flat(by_columns), _flat(by_rows), images.dtype, left_turned=True)
+        return product.reshape(columns, channels, rows, filters).transpose(2, 0, 1, 3)
+    windows = seen_by_taps(padded, geometry.kernel_size, geometry.stride, geometry.output_size)
+    products = [onednn.product(_flat(window), _flat(cotangent), images.dtype, left_turned=True) for window in windows]
+    return jnp.stack(products).reshape(rows, columns, channels, filters)
+
+
+def _is_pointwise(geometry: Geometry) -> bool:
+    return geometry.kernel_size == (1, 1) and geometry.padding == ((0, 0), (0, 0))
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _side_by_side(parts: list[Array]) -> Array:
+    """Joined along the channels. Of bfloat16 as whole numbers, for XLA would widen them: 56x56x64, three times, 1.4 for 4.9."""
+    if not is_narrow(parts[0]):
+        return jnp.concatenate(parts, axis=3)
+    whole = jnp.stack([lax.bitcast_convert_type(part, jnp.uint16) for part in parts], axis=3)
+    return lax.bitcast_convert_type(whole.reshape(*whole.shape[:3], -1), parts[0].dtype)

@@ -1,0 +1,188 @@
+"""Training by oneDNN: the three products of a convolution, where they are used, a step and a run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnnfamily import benchmark, checkpoint, create_model, errors, programs, train
+from cnnfamily.models import onednn
+from cnnfamily.models.convolution import convolution
+from tests.conftest import mesh_of, short_config
+from tests.test_onednn import CALL, SMALL, needs
+from tests.test_train import assert_equal_states, final_state
+
+PRODUCT = "__onednn$matmul"
+# image sizes, kernel, stride, padding, channels, filters, and of each product, output, images and kernel, the calls
+CASES = {
+    "pointwise": ((5, 7), (1, 1), (1, 1), ((0, 0), (0, 0)), 24, 40, [(0, 1), (0, 1), (0, 1)]),
+    "pointwise, strided": ((8, 9), (1, 1), (2, 3), ((0, 0), (0, 0)), 17, 16, [(0, 1), (0, 1), (0, 1)]),
+    "pointwise, padded": ((7, 7), (1, 1), (1, 1), ((1, 1), (0, 2)), 16, 16, [(1, 0), (0, 0), (0, 1)]),
+    "3x3": ((9, 8), (3, 3), (1, 1), ((1, 1), (1, 1)), 16, 24, [(1, 0), (1, 0), (0, 1)]),
+    "3x3, valid": ((9, 10), (3, 3), (1, 1), ((0, 0), (0, 0)), 24, 16, [(1, 0), (1, 0), (0, 1)]),
+    "3x3 of few rows": ((4, 9), (3, 3), (1, 1), ((1, 1), (1, 1)), 16, 24, [(1, 0), (1, 0), (0, 9)]),
+    "3x3, strided": ((9, 8), (3, 3), (2, 2), ((1, 1), (0, 1)), 16, 24, [(1, 0), (0, 0), (0, 9)]),
+    "3x3, padded beyond the kernel": ((8, 8), (3, 3), (1, 1), ((3, 0), (0, 3)), 16, 24, [(1, 0), (0, 0), (0, 1)]),
+    "5x3, sides apart": ((11, 8), (5, 3), (1, 1), ((2, 1), (0, 2)), 20, 16, [(1, 0), (1, 0), (0, 1)]),
+    "1x5": ((3, 9), (1, 5), (1, 1), ((0, 0), (2, 2)), 16, 16, [(1, 0), (1, 0), (0, 1)]),
+    "one row": ((1, 6), (3, 3), (1, 1), ((1, 1), (1, 1)), 16, 16, [(1, 0), (1, 0), (0, 1)]),  # two taps in three see nothing
+    "columns that no tap sees": (
+        (6, 4),
+        (1, 7),
+        (3, 2),
+        ((1, 4), (4, 0)),
+        16,
+        16,
+        [(0, 0), (0, 0), (0, 0)],
+    ),  # cut off, not padded
+    "wider stride than kernel": ((9, 9), (2, 2), (3, 3), ((0, 0), (0, 0)), 16, 16, [(1, 0), (0, 0), (0, 4)]),
+}
+ELSEWHERE = {  # groups, channels, filters, size
+    "depthwise": (24, 24, 24, (8, 8)),
+    "groups": (2, 32, 32, (8, 8)),
+    "few channels": (1, 15, 32, (8, 8)),
+    "few filters": (1, 32, 15, (8, 8)),
+    "one pixel": (1, 32, 32, (1, 1)),
+}
+
+
+def three(f, images, kernel, cotangent):
+    output, transpose = jax.vjp(f, images, kernel)
+    return (output, *transpose(cotangent))
+
+
+def calls(f, *operands):
+    text = jax.jit(f).lower(*operands).as_text()
+    return text.count(CALL), text.count(PRODUCT)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_three_products_are_those_of_the_plain_convolution_rounded_once(name, dtype, on_cpu):
+    needs(dtype)
+    size, taps, stride, padding, channels, filters, expected_calls = CASES[name]
+    draw = np.random.default_rng(0)
+    images = jnp.asarray(draw.normal(size=(3, *size, channels)), dtype)
+    kernel = jnp.asarray(draw.normal(size=(*taps, channels, filters)), dtype)
+    layout = ("NHWC", "HWIO", "NHWC")
+
+    def ours(images, kernel):
+        return convolution(images, kernel, stride=stride, padding=padding)
+
+    def plain(images, kernel):
+        return jax.lax.conv_general_dilated(images, kernel, stride, padding, dimension_numbers=layout, precision="highest")
+
+    cotangent = jnp.asarray(draw.normal(size=jax.eval_shape(plain, images, kernel).shape), dtype)
+    with programs.by_onednn("training"):
+        found = jax.jit(lambda *operands: three(ours, *operands))(images, kernel, cotangent)
+        alone = [
+            calls(lambda *operands: ours(*operands), images, kernel),
+            calls(lambda images: jax.vjp(lambda x: ours(x, kernel), images)[1](cotangent), images),
+            calls(lambda kernel: jax.vjp(lambda x: ours(images, x), kernel)[1](cotangent), kernel),
+        ]
+    assert alone == expected_calls
+    with jax.enable_x64(True):
+        wide = [np.asarray(x, np.float64) for x in (images, kernel, cotangent)]
+        exact = jax.jit(lambda *operands: three(plain, *operands))(*wide)
+    digits = 2.0**-8 if dtype == "bfloat16" else 2.0**-23
+    for which, is_, should in zip(("output", "images", "kernel"), found, exact, strict=True):
+        assert is_.dtype == dtype
+        error = np.abs(np.asarray(is_, np.float64) - np.asarray(should))
+        assert (error <= digits * np.abs(should) + 4e-6 * np.abs(should).max()).all(), which
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_other_convolutions_keep_their_forms(name, on_cpu):
+    groups, channels, filters, size = ELSEWHERE[name]
+    images, kernel = jnp.ones((2, *size, channels)), jnp.ones((3, 3, channels // groups, filters))
+
+    def total(images, kernel):
+        return convolution(images, kernel, padding=((1, 1), (1, 1)), groups=groups).sum()
+
+    with onednn.used("training"):
+        assert calls(jax.grad(total, (0, 1)), images, kernel) == (0, 0)
+
+
+def test_the_gradient_of_the_gradient(on_cpu):
+    needs("float32")
+    draw = np.random.default_rng(0)
+    images, kernel = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in ((2, 8, 8, 16), (3, 3, 16, 16)))
+
+    def second(images, kernel):
+        def size(images, kernel):
+            y = convolution(images, kernel, padding=((1, 1), (1, 1)))
+            return (y * jnp.sin(y)).sum()
+
+        def of_gradient(images, kernel):
+            return sum((g**2).sum() for g in jax.grad(size, (0, 1))(images, kernel))
+
+        return jax.grad(of_gradient, (0, 1))(images, kernel)
+
+    expected = jax.jit(lambda *operands: second(*operands))(images, kernel)
+    with programs.by_onednn("training"):
+        text = jax.jit(lambda *operands: second(*operands)).lower(images, kernel)
+        assert CALL in text.as_text()
+        found = text.compile()(images, kernel)
+    for is_, should in zip(found, expected, strict=True):
+        np.testing.assert_allclose(is_, should, rtol=1e-3, atol=1e-4 * np.abs(should).max())
+
+
+def test_a_convolution_that_is_mapped(on_cpu):
+    needs("float32")
+    draw = np.random.default_rng(0)
+    images, kernels = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in ((3, 2, 8, 8, 16), (3, 3, 3, 16, 16)))
+    expected = [convolution(x, k) for x, k in zip(images, kernels, strict=True)]
+    with programs.by_onednn("training"):
+        found = jax.jit(jax.vmap(lambda x, k: convolution(x, k)))(images, kernels)
+    np.testing.assert_allclose(found, jnp.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def step_of(mode, devices=1):
+    network = create_model("resnet50", num_classes=7, **SMALL["resnet50"])
+    return benchmark.training(network, 4, resolution=32, mesh=mesh_of(devices), mode=mode)
+
+
+def test_a_step_on_two_devices_is_that_without_on_one_up_to_rounding(on_cpu):
+    needs("float32")
+    program, two, again = step_of("train"), step_of("onednn", 2), step_of("onednn", 2)
+    program.compile()
+    two.compile()
+    again.compiled = two.compiled
+    text = two.compiled.as_text()
+    assert CALL in text
+    assert PRODUCT in text
+    expected_state, expected = jax.device_get(program.step())
+    state, metrics = jax.device_get(two.step())
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-3)
+    for found, should in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True):
+        np.testing.assert_allclose(found, should, rtol=1e-4, atol=1e-5)
+    assert_equal_states(jax.device_get(again.step()[0]), state)
+
+
+def test_a_dtype_that_it_has_not_ends_the_run_before_it_begins(tmp_path, monkeypatch):
+    config = short_config(onednn=True)
+    monkeypatch.setattr(onednn, "missing", lambda dtype: f"no {dtype} here")
+    with pytest.raises(errors.UsageError, match=r"config\.onednn=True: no float32 here; expected False"):
+        train.run_training(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(errors.UsageError, match="training by oneDNN: no float32 here"):
+        benchmark.training(create_model("lenet5"), 4, mode="onednn")
+
+
+def test_a_run_is_cached_but_for_its_steps_and_ends_with_the_same_bits_after_a_crash(tmp_path, monkeypatch, dies_at_3, on_cpu):
+    needs("float32")
+    compiled, compile_ = [], jax.stages.Lowered.compile
+
+    def spy(lowered):
+        compiled.append((CALL in lowered.as_text(), jax.config.jax_enable_compilation_cache))
+        return compile_(lowered)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", spy)
+    config = short_config(onednn=True, total_epochs=0.0, total_steps=5, optim__warmup_epochs=0.0, checkpoint__every_steps=2)
+    train.run_training(config, tmp_path / "straight", quiet=True)
+    assert sorted(compiled) == [(False, True), (True, False)]  # the evaluation, the step
+    dies_at_3(config, tmp_path / "stopped")
+    assert checkpoint.newest_step(tmp_path / "stopped" / "checkpoints") == 2
+    train.run_training(config, tmp_path / "stopped", quiet=True)
+    assert_equal_states(final_state(tmp_path / "stopped"), final_state(tmp_path / "straight"))
