@@ -107,13 +107,14 @@ STUDY = {
     "rows": [
         row_of("resnet50", "float32", "train", FLOAT32),
         row_of("resnet50", "bfloat16", "train", cells(ours=[22, 24, 20], plain=[11, 12, 11], eager=[40, 44, 48])),
+        row_of("alexnet", "bfloat16", "train", cells(ours=[22, 24, 20], onednn=[30, 33, 36], eager=[40, 44, 48])),
         row_of("vgg16", "float32", "infer", {"ours": {"not_measured": "no batch norm"}} | cells(eager=[1000, 2000, 1500])),
     ],
 }
 
 
 def test_table():
-    head, _, resnet, vgg = (
+    head, _, resnet, alexnet, vgg = (
         [cell.strip() for cell in line.strip("|").split("|")] for line in compare.table(STUDY).splitlines() if line[:1] == "|"
     )
     resnet, vgg = dict(zip(head, resnet, strict=True)), dict(zip(head, vgg, strict=True))
@@ -123,6 +124,8 @@ def test_table():
     assert resnet["ours / torch"] == "0.50"  # 22 / 44
     assert resnet["ours / plain, float32"] == "2.00 (2.00 to 2.40)"
     assert resnet["ours / plain, bfloat16"] == "2.00 (1.82 to 2.00)"
+    alexnet = dict(zip(head, alexnet, strict=True))
+    assert (alexnet["onednn bfloat16"], alexnet["ours / torch"]) == ("33.0 (30.0 to 36.0)", "0.75")  # 33 / 44
     assert vgg["mode"] == "infer"
     assert vgg["ours float32"] == "not measured: no batch norm"
     assert vgg["eager float32"] == "1500 (1000 to 2000)"

@@ -5,10 +5,11 @@ torch's threads wait for each other, and one that is held up holds up all. The s
 
 What is measured: batches of random images, batch norm over the whole batch, cross entropy, SGD with momentum 0.9.
   ours     the product's `step.train_step` under `parallel.map_over_devices`, state donated, huge pages as its commands have
+  onednn   that with `config.onednn`, on a CPU and if asked for (`--sides`)
   plain    the same networks in plain Flax and the usual jitted step (`plain.py`)
   eager    torchvision's network, else timm's; channels_last, autocast for bfloat16, optimizer `torch.optim.SGD`
   compile  the same through `torch.compile`
-ours and plain take uint8 images and normalise them in the step, torch's are normalised beforehand. Inference (`infer`) takes
+These take uint8 images and normalise them in the step, torch's are normalised beforehand. Inference (`infer`) takes
 normalised images on all sides, in the dtype, and torch's network is wholly in it; `infer_folded` has the batch norms folded
 into the convolutions. There, and for networks without batch norm, ours is what `optimize_for_inference` gives. Dropout,
 stochastic depth and auxiliary classifiers are on in training. All sides use all cores. On a GPU float32 is TensorFloat-32 for
@@ -41,7 +42,8 @@ from pathlib import Path
 from cnnfamily import disk
 
 HERE = Path(__file__).resolve().parent
-SIDES, MODES = ("ours", "plain", "eager", "compile"), ("train", "infer", "infer_folded")
+OURS, TORCH = ("ours", "onednn"), ("eager", "compile")
+SIDES, MODES = (*OURS, "plain", *TORCH), ("train", "infer", "infer_folded")
 MODELS = ["lenet5", "alexnet", "vgg16", "resnet50", "googlenet", "mobilenet_v1", "mobilenet_v2"]
 MODELS += ["mobilenet_v3_large", "efficientnet_b0"]
 KEY = ("model", "dtype", "mode", "batch", "resolution")
@@ -264,7 +266,7 @@ def ratio(above: float, below: float) -> str:
 def peak_ratio(row: dict | None) -> str:
     """Our peak of memory over the smaller one of torch's."""
     peaks = {side: cell["peak_bytes"] for side, cell in (row or {}).get("sides", {}).items() if "peak_bytes" in cell}
-    return ratio(peaks.get("ours", 0), min((peaks[side] for side in SIDES[2:] if side in peaks), default=0))
+    return ratio(peaks.get("ours", 0), min((peaks[side] for side in TORCH if side in peaks), default=0))
 
 
 def in_pairs(row: dict | None) -> str:
@@ -286,11 +288,11 @@ def table(study: dict) -> str:
     columns += ["ours / torch float32", "ours / torch", *(f"ours / plain, {dtype}" for dtype in dtypes)]
     counted = any("peak_bytes" in cell for row in rows for cell in row["sides"].values())
     columns += [f"peak memory, ours / torch, {dtype}" for dtype in dtypes if counted]
-    torch, lines = SIDES[2:], []
+    lines = []
     for (model, batch, resolution, mode), of in groups.items():
         cells = [rate(of[dtype]["sides"].get(side) if dtype in of else None) for dtype in dtypes for side in sides]
-        ours = best(of, ("ours",), dtypes)
-        ratios = [ratio(ours, best(of, torch, ["float32"])), ratio(ours, best(of, torch, dtypes))]
+        ours = best(of, OURS, dtypes)
+        ratios = [ratio(ours, best(of, TORCH, ["float32"])), ratio(ours, best(of, TORCH, dtypes))]
         ratios += [in_pairs(of.get(dtype)) for dtype in dtypes] + [peak_ratio(of.get(dtype)) for dtype in dtypes if counted]
         lines.append([model, f"{batch} x {resolution}", mode, *cells, *ratios])
     machine, versions = study["machine"], ", ".join(f"{name} {version}" for name, version in study["versions"].items())
@@ -299,7 +301,8 @@ def table(study: dict) -> str:
         f"\nDevice {machine['device']}; {machine['processor']}, {machine['cores']} cores, {machine['system']}; {versions}; "
         f"cnnfamily {', '.join(dict.fromkeys(row['commit'] for row in rows))}.",
         f"\nImages/s, medians (smallest to largest) of n = {' or '.join(map(str, rounds))} bursts, the sides in turn. "
-        "ours / torch: our fastest dtype over the fastest of torch, eager or compiled, in float32 and in any dtype. "
+        "ours / torch: ours in its fastest dtype, by oneDNN where that is faster, over the fastest of torch, eager or "
+        "compiled, in float32 and in any dtype. "
         "ours / plain: by rounds."
         + " GiB: the allocator's peak since its process began, with what choosing algorithms needs."
         * counted,
@@ -321,7 +324,7 @@ def jobs_of(arguments: argparse.Namespace, models: list[str]) -> Iterator[dict]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    pythons = {side: arguments.torch_python if side in SIDES[2:] else sys.executable for side in SIDES}
+    pythons = {side: arguments.torch_python if side in TORCH else sys.executable for side in SIDES}
     where = describe(arguments.sides, pythons)
     gpu = where["machine"]["device"] != "cpu"
     path = arguments.out or HERE / "results" / f"{'gpu' if gpu else 'cpu'}.json"
@@ -348,7 +351,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default, known in (("sides", SIDES, SIDES), ("modes", MODES[:2], MODES), ("models", (), ())):
+    for name, default, known in (("sides", ("ours", "plain", *TORCH), SIDES), ("modes", MODES[:2], MODES), ("models", (), ())):
         parser.add_argument(f"--{name}", default=list(default), type=lambda text, known=known: listed(text, known))
     parser.add_argument("--dtypes", default=["float32", "bfloat16"], type=lambda text: listed(text, ("float32", "bfloat16")))
     parser.add_argument("--batch", type=int, default=16)

@@ -23,7 +23,7 @@ def behind(study: dict) -> list[tuple[float, dict]]:
     found, rows = [], [row for row in study["rows"] if row["mode"] == "train"]
     for model in dict.fromkeys(row["model"] for row in rows):
         of = {row["dtype"]: row for row in rows if row["model"] == model}
-        theirs = compare.best(of, compare.SIDES[2:], list(of))
+        theirs = compare.best(of, compare.TORCH, list(of))
         fastest = max(of, key=lambda dtype: compare.best(of, ("ours",), [dtype]))
         if theirs and (ours := compare.best(of, ("ours",), [fastest])):
             found.append((ours / theirs, of[fastest]))

@@ -26,6 +26,7 @@ import numpy as np
 MEAN, DEVIATION = 0.45, 0.225  # of the pixels of photographs, about
 LEARNING_RATE, MOMENTUM, AUXILIARY = 1e-3, 0.9, 0.3
 PACKAGES = {"jax": ("jax", "jaxlib", "flax", "optax"), "torch": ("torch", "torchvision", "timm")}
+JAX = ("ours", "onednn", "plain")  # of the sides
 # Where timm's names differ from ours. Its networks have no dropout unless asked, unlike torchvision's and ours.
 TIMM = {
     "mobilenet_v1": ("mobilenetv1_100", {}),
@@ -68,9 +69,11 @@ def on_jax(job: Namespace) -> Burst:
     variables = models.initialize(network, jax.random.key(0), resolution=job.resolution)
     images, labels = batch_of(job, network.in_channels, network.num_classes)
     if job.mode == "train":
-        if job.side == "ours":
+        if job.side != "plain":
             return ours_training(job, network, variables, images, labels)
         return plain.training(network, variables, images, labels)
+    if job.side == "onednn":
+        raise NotMeasured("of training alone; inference that can has it under ours")
     if job.mode == "infer_folded" and (job.side == "plain" or not variables["batch_stats"]):
         raise NotMeasured("plain Flax folds nothing" if job.side == "plain" else "no batch norm")
     images = jax.device_put(normalised(images)).astype(job.dtype)
@@ -85,9 +88,12 @@ def ours_training(job: Namespace, network, variables, images, labels) -> Burst:
     import jax
     import optax
 
-    from cnnfamily import parallel, step
+    from cnnfamily import parallel, programs, step
     from cnnfamily.data.augment import normalize
+    from cnnfamily.models import onednn
 
+    if job.side == "onednn" and (missing := onednn.missing(job.dtype)):
+        raise NotMeasured(missing)
     mesh, optimizer = parallel.local_mesh(), optax.sgd(LEARNING_RATE, MOMENTUM)
     index = np.arange(len(labels), dtype=np.int32)
     arrays = {"index": index, "position": index, "images": images, "labels": labels}
@@ -111,7 +117,8 @@ def ours_training(job: Namespace, network, variables, images, labels) -> Burst:
         update = several(update, together)
     update = parallel.map_over_devices(update, mesh, batch_axis=1, outputs=2, donate=True)
     state = parallel.replicate(step.create_state(variables, optimizer, ema=False), mesh)
-    update = update.lower(state, batch, {}).compile()
+    with programs.by_onednn("training") if job.side == "onednn" else contextlib.nullcontext():
+        update = update.lower(state, batch, {}).compile()
 
     def burst(steps: int) -> float:
         nonlocal state
@@ -307,7 +314,7 @@ def folded_in_torch(model, images):
 
 def peak_bytes(side: str) -> dict[str, int]:
     """The most of the device's memory that the process has held at once, by the allocator's own count; {} on a CPU."""
-    if side in ("ours", "plain"):
+    if side in JAX:
         import jax
 
         found = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -325,10 +332,10 @@ def cores() -> int:
 def describe(side: str) -> dict:
     """Device ("cpu", or a GPU's name) and versions of what this side runs on."""
     packages = {"python": platform.python_version()}
-    for name in PACKAGES["jax" if side in ("ours", "plain") else "torch"]:
+    for name in PACKAGES["jax" if side in JAX else "torch"]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
-    if side in ("ours", "plain"):
+    if side in JAX:
         import jax
 
         device = "cpu" if jax.default_backend() == "cpu" else jax.local_devices()[0].device_kind
@@ -347,7 +354,7 @@ def reason(error: BaseException) -> str:
 def answer(job: Namespace, say: Callable[[dict], None]) -> None:
     """Gets ready, and answers to the end of stdin."""
     start = time.perf_counter()
-    burst = {"ours": on_jax, "plain": on_jax, "eager": on_torch, "compile": on_torch}[job.side](job)
+    burst = (on_jax if job.side in JAX else on_torch)(job)
     burst(1)
     memory = {"temporary_bytes": burst.temporary_bytes} if hasattr(burst, "temporary_bytes") else {}
     say({"ready": round(time.perf_counter() - start, 1), **memory})
@@ -374,7 +381,7 @@ def run(job: Namespace, say: Callable[[dict], None]) -> None:
 
 def main() -> None:
     job = Namespace(**json.loads(sys.argv[1]))
-    if job.side == "ours":
+    if job.side in ("ours", "onednn"):
         from cnnfamily import memory
 
         memory.tune_malloc()
