@@ -69,17 +69,17 @@ def pointwise_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> 
 
 
 def patches_output(images: Array, kernel: Array, geometry: Geometry) -> Array:
-    return _wide_product(_patches(images, geometry), kernel.reshape(-1, kernel.shape[3]), (3,), (0,))
+    return _wide_product(patches(images, geometry), kernel.reshape(-1, kernel.shape[3]), (3,), (0,))
 
 
 def patches_to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
     """The patches take memory: of 224x224x3, 7x7 with stride 2, batch 16, 118 MB."""
     dtype = sum_dtype(images)
-    product = _product_over_pixels(_patches(images.astype(dtype), geometry), cotangent.astype(dtype))
+    product = _product_over_pixels(patches(images.astype(dtype), geometry), cotangent.astype(dtype))
     return product.astype(images.dtype).reshape(*geometry.kernel_size, images.shape[3], -1)
 
 
-def _patches(images: Array, geometry: Geometry) -> Array:
+def patches(images: Array, geometry: Geometry) -> Array:
     """`[batch, *outputs, taps x channels]`, in pieces of as many columns as the stride has, which lie side by side already."""
     batch, channels, step = images.shape[0], images.shape[3], geometry.stride[1]
     (rows, columns), outputs = geometry.kernel_size, geometry.output_size

@@ -4,6 +4,8 @@ Milliseconds in this file: bfloat16, batch 16, as `cpu_forms` has it and here, t
 turn. In all, a step of ResNet-50 at 224 pixels: see experiments/speed/README.md.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -11,18 +13,23 @@ from cnnfamily.models import cpu_forms as cpu
 from cnnfamily.models import onednn
 from cnnfamily.models.geometry import Geometry, is_narrow, pad, seen_by_taps, spread, strided, sum_dtype
 
-FEWEST = 16  # channels and filters
+FEWEST = 16  # filters; and of the gradients the channels
+MOST_TAPS = 49  # of the gradients: they have arrays as many times as large, or as many products
+# Of a convolution of few channels, whose kernel's gradient is a product over patches: the most of these, the fewest filters,
+# and of taps times channels the most for each pixel that the stride passes over.
+MOST_FEW, FEWEST_PATCHED, MOST_IN_A_PATCH = 4, 32, 160
 FEWEST_ROWS = 7  # of outputs with which rows of zeros cost less than windows do: of 7 in a product of 9 they are 2
 
 
 def applies(images: Array, kernel: Array, geometry: Geometry) -> bool:
     """Whether a convolution that is being traced takes these forms: a dense one in training that asks for oneDNN."""
-    dense = geometry.groups == 1 and min(kernel.shape[2:]) >= FEWEST
+    dense = geometry.groups == 1 and kernel.shape[3] >= FEWEST
     return dense and onednn.applies(images, kernel, geometry, "training")
 
 
 # 1x1 as a product, 3x3 as a convolution: 56x56, 64 to 256: 4.5 to 1.9; 256 to 64: 3.5 to 1.9; 14x14, 1024 to 256: 1.7 and 1.8;
-# 3x3 of 56x56x64: 9.8 to 3.9; 28x28x128: 8.2 to 3.8; 14x14x256: 5.3 to 3.7; 7x7x512: 4.6 to 4.1.
+# 3x3 of 56x56x64: 9.8 to 3.9; 28x28x128: 8.2 to 3.8; 14x14x256: 5.3 to 3.7; 7x7x512: 4.6 to 4.1. Of 224x224x3, 7x7 with stride
+# 2 to 64: 19 to 5.5; 3x3, stride 2, to 32: 4.4 to 1.1; 3x3 to 64: 22 to 8.0.
 
 
 def output(images: Array, kernel: Array, geometry: Geometry) -> Array:
@@ -43,6 +50,8 @@ def to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
         product = onednn.product(_flat(cotangent), kernel[0, 0], cotangent.dtype, right_turned=True)
         product = product.reshape(*cotangent.shape[:3], -1)
         return product if geometry.stride == (1, 1) else pad(product, *spread((0, 0), geometry))
+    if kernel.shape[2] < FEWEST or math.prod(geometry.kernel_size) > MOST_TAPS:
+        return cpu.ordered_to_images(cotangent, kernel, geometry)
     around = tuple(tuple(side.taps - 1 - padding for padding in side.padding) for side in geometry.sides)
     if geometry.stride != (1, 1) or min(map(min, around)) < 0:
         return cpu.by_taps_to_images(cotangent, kernel, geometry)
@@ -55,10 +64,18 @@ def to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
 
     That is of images shifted by the columns of the kernel, side by side, and of the cotangent shifted by its rows, with zeros
     around. 1x1, 56x56, 64 to 256: 7.5 to 4.1; 14x14, 1024 to 256: 3.5 to 2.0. 3x3 of 56x56x64: 14.8 to 9.5, a product for each
-    tap 13.4; 28x28x128: 7.3 to 6.4, 7.8; 14x14x256: 6.0 to 6.0, 5.9; 7x7x512: 6.3 to 5.8, 5.9.
+    tap 13.4; 28x28x128: 7.3 to 6.4, 7.8; 14x14x256: 6.0 to 6.0, 5.9; 7x7x512: 6.3 to 5.8, 5.9. Of 224x224x3, over patches, 7x7
+    with stride 2 to 64: 40 to 22; 11x11, stride 4, to 64: 16 to 12; 3x3, stride 2, to 32: 6.0 to 5.1; 3x3 to 64: 40 to 28.
     """
     (rows, columns), (height, width) = geometry.kernel_size, geometry.output_size
     channels, filters = images.shape[3], cotangent.shape[3]
+    in_a_patch = rows * columns * channels / math.prod(geometry.stride)
+    if channels <= MOST_FEW and filters >= FEWEST_PATCHED and in_a_patch <= MOST_IN_A_PATCH:
+        patches = _of_bits(cpu.patches(_bits(images), geometry), images.dtype)
+        product = onednn.product(_flat(patches), _flat(cotangent), images.dtype, left_turned=True)
+        return product.reshape(rows, columns, channels, filters)
+    if channels < FEWEST or rows * columns > MOST_TAPS:
+        return cpu.ordered_to_kernel(images, cotangent, geometry)
     padded = pad(images, geometry.padding)
     if geometry.stride == (1, 1) and (rows == 1 or height >= FEWEST_ROWS):
         by_columns = _side_by_side([padded[:, :, column : column + width] for column in range(columns)])
@@ -79,8 +96,15 @@ def _flat(x: Array) -> Array:
 
 
 def _side_by_side(parts: list[Array]) -> Array:
-    """Joined along the channels. Of bfloat16 as whole numbers, for XLA would widen them: 56x56x64, three times, 1.4 for 4.9."""
-    if not is_narrow(parts[0]):
-        return jnp.concatenate(parts, axis=3)
-    whole = jnp.stack([lax.bitcast_convert_type(part, jnp.uint16) for part in parts], axis=3)
-    return lax.bitcast_convert_type(whole.reshape(*whole.shape[:3], -1), parts[0].dtype)
+    """Joined along the channels: 56x56x64, three times, 4.9 to 1.4."""
+    whole = jnp.stack([_bits(part) for part in parts], axis=3)
+    return _of_bits(whole.reshape(*whole.shape[:3], -1), parts[0].dtype)
+
+
+def _bits(x: Array) -> Array:
+    """bfloat16 as whole numbers, to be moved: XLA would widen it to float32 for that."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if is_narrow(x) else x
+
+
+def _of_bits(x: Array, dtype: jnp.dtype) -> Array:
+    return lax.bitcast_convert_type(x, dtype)
