@@ -10,7 +10,8 @@
     weights.py   published weights in and out; naming.py has torch's names, convert.py finds where two networks part
     sweep.py     runs the rows of a study.py, here or by slurm.py; report.py makes table and figures of them
     benchmark.py speed, memory and where a step's time goes (profile_layers.py, ceilings.py); programs.py keeps compiled ones
-    inference.py a network as it infers fastest: fold.py takes batch norm out of it, models/onednn.py computes its convolutions
+    inference.py a network as it infers fastest: fold.py takes batch norm out of it, models/onednn.py computes its convolutions;
+                 models/onednn_forms.py those of training that asks for it
     evaluate.py  figures of a run; summary.py counts, published.py what papers print; scaling.py width, depth and resolution;
                  config.py reads configs/
 
