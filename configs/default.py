@@ -41,8 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.batch_size = 64  # examples a step, over all devices
     config.accumulate_steps = 1  # micro-batches a step, for batches that do not fit; batch norm sees one micro-batch
     config.keep_programs = True  # compiled ones on disk, for the next start; False: they are neither read nor written
-    # Convolutions of training by oneDNN, on a CPU: faster steps in bfloat16, and a compilation of them at each start.
-    config.onednn = False
+    config.onednn = False  # convolutions of training on a CPU by oneDNN: faster in bfloat16, and compiled at each start
     config.total_epochs = 30.0
     config.total_steps = 0
     config.loss = "cross_entropy"  # or binary_cross_entropy; evaluations always have the first
