@@ -21,7 +21,7 @@ _KEPT_FIELDS = ("num_classes", "dtype", "norm_group", "norm_momentum")
 # Of how a run is carried out and not of what it computes: with another value it goes on, and is the same row of a study.
 _OF_NO_RESULT = ("keep_programs",)
 # Keys that came after results were committed, off: so a row from before, which has none, keeps its hash.
-_LATER = {"augment.flip_alternating": False, "onednn": False}
+LATER = {"augment.flip_alternating": False, "onednn": False}
 
 
 def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -179,7 +179,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The flat config without what cannot change a result: two runs with the same one are the same run."""
     flat = flatten(config)
-    return {key: value for key, value in flat.items() if key not in _OF_NO_RESULT and _LATER.get(key) != value}
+    return {key: value for key, value in flat.items() if key not in _OF_NO_RESULT and LATER.get(key) != value}
 
 
 def to_json(config: ConfigDict) -> str:

@@ -63,6 +63,8 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
     workdir = Path(workdir)
     configs.check(config)
     runlog.check(workdir, config)
+    if config.get("onednn") and (missing := onednn.missing(config.model.dtype)):
+        raise errors.UsageError(f"config.onednn=True: {missing}; such a run needs another machine, a new one False")
     report = Report(quiet=quiet)
     first_step = checkpoint.newest_step(workdir / "checkpoints") or 0
     evaluated = any(row["step"] == first_step for row in runlog.read_metrics(workdir) if "test_loss" in row)
@@ -86,9 +88,6 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 f"total_epochs={config.total_epochs}, total_steps={config.total_steps}: expected 1 step or more"
             )
         evaluate_every = max(1, round(config.evaluate.every_epochs * train.steps_per_epoch))
-
-        if config.get("onednn") and (missing := onednn.missing(config.model.dtype)):
-            raise errors.UsageError(f"config.onednn=True: {missing}; expected False, with which a run computes without oneDNN")
 
         # Network, optimizer, state, and the two programs
         schedule = optim.learning_rate_schedule(
@@ -123,11 +122,11 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 ema_warmup=config.ema.warmup,
             )
             update = parallel.map_over_devices(interrupt.agree(step_function), mesh, batch_axis=1, outputs=2, donate=True)
-            if not config.get("onednn"):
-                return aside.submit(update.lower(state, batch, train.store).compile)
-            with programs.by_onednn("training"):  # which turns the cache off for all threads: so this one waits
+            by_onednn = config.get("onednn", False)
+            with programs.by_onednn("training") if by_onednn else contextlib.nullcontext():
                 compiled = aside.submit(update.lower(state, batch, train.store).compile)
-                compiled.exception()
+                if by_onednn:  # the cache is off for all threads: so this one waits
+                    compiled.exception()
             return compiled
 
         report.say(f"{config.model.name} on {data.name}, {mesh.size} {jax.devices()[0].device_kind}: {workdir}")

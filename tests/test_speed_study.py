@@ -135,6 +135,32 @@ def test_table():
         assert what in compare.table(STUDY)
 
 
+def test_one_side_of_each_library_is_asked_for_device_and_versions(monkeypatch):
+    asked = []
+
+    class Stub:
+        def __init__(self, job, python):
+            asked.append(job["side"])
+
+        def answer(self, timeout):
+            return {"device": {"compile": "cuda"}.get(asked[-1], "cpu"), "cores": 2, "versions": {asked[-1]: "1"}}
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(compare, "Worker", Stub)
+    pythons = dict.fromkeys(compare.SIDES, "python")
+    for sides, expected in (
+        (["ours", "plain", "eager", "compile"], ["ours", "eager"]),
+        (["onednn", "plain", "eager"], ["onednn", "eager"]),
+        (["plain"], ["plain"]),
+    ):
+        asked.clear()
+        assert compare.describe(sides, pythons)["versions"] == dict.fromkeys(expected, "1")
+    with pytest.raises(SystemExit, match="different devices"):
+        compare.describe(["ours", "compile"], pythons)
+
+
 def test_a_finished_row_is_not_measured_again():
     job = {"model": "resnet50", "dtype": "bfloat16", "mode": "train", "batch": 16, "resolution": 224}
     wanted = ["ours", "eager"]

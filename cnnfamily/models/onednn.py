@@ -26,7 +26,7 @@ from jax import Array, lax
 
 from cnnfamily.models.geometry import Geometry
 
-TRIED = ((0, 10), (0, 11), (0, 12))  # versions of jaxlib whose wheels pass tests/test_onednn.py
+TRIED = ((0, 10), (0, 11), (0, 12))  # versions of jaxlib whose wheels pass tests/test_onednn.py and test_onednn_forms.py
 # Those of its operations on an output that XLA passes on, and their coefficient.
 _AFTER: dict[Callable, tuple[str, float]] = {
     nn.relu: ("RELU", 0.0),
@@ -42,8 +42,11 @@ _USED = contextvars.ContextVar("onednn_used", default="")
 def used(in_what: str = "inference") -> Iterator[None]:
     """For what is traced: its convolutions are computed by oneDNN, if `missing` finds nothing that is missing.
 
-    `in_what` is "inference" (no gradients, and with what follows in the same pass) or "training".
+    `in_what` is "inference" (no gradients, and with what follows in the same pass) or "training". What is traced has to be
+    compiled without a cache on disk: see `programs.by_onednn`.
     """
+    if in_what not in ("inference", "training"):
+        raise ValueError(f"in_what={in_what!r}: expected 'inference' or 'training'")
     before = _USED.set(in_what)
     try:
         yield
@@ -67,7 +70,7 @@ def missing(dtype: str) -> str:
 
 
 def applies(images: Array, kernel: Array, geometry: Geometry, in_what: str = "inference") -> bool:
-    """Whether a convolution that is being traced is to be one of oneDNN's.
+    """Whether a convolution that is being traced is to be one of oneDNN's: one that `used(in_what)` asks for and it can have.
 
     Not of one pixel, as in squeeze-and-excitation: for each call it turns the kernel into an order of its own. 16 such of 960
     channels to 1280 take 0.88 ms, 0.15 as a matrix product (bfloat16, two Zen 5 cores, n = 15 in turn).
@@ -87,7 +90,12 @@ def convolution(
     operands: Sequence[Array] = (),
     turned: bool = False,
 ) -> Array:
-    """oneDNN's own, in `dtype`: of `images` or float32. `turned`: the kernel is `[height, width, filters, channels]`."""
+    """oneDNN's own, `[batch, *outputs, filters]` in `dtype`, which is that of `images` or float32.
+
+    Of images `[batch, height, width, channels]` and a kernel `[height, width, channels / groups, filters]`; `turned`: `[height,
+    width, filters, channels]`. `fusions` are operations on the output in the words of XLA's configuration, and `operands` what
+    they take. What it refuses, a negative padding for one, ends the process: `applies` has to hold.
+    """
     (top, bottom), (left, right) = geometry.padding
     data = {"data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
     channels, filters = (3, 2) if turned else (2, 3)
@@ -111,7 +119,10 @@ def convolution(
 
 
 def product(left: Array, right: Array, dtype: jnp.dtype, *, left_turned: bool = False, right_turned: bool = False) -> Array:
-    """oneDNN's own of two matrices, of which each may be transposed first, in `dtype`: theirs or float32."""
+    """oneDNN's own of two matrices, `[rows of left, columns of right]` in `dtype`, which is theirs or float32.
+
+    Each may be transposed first. What it refuses ends the process.
+    """
     shape = left.shape[1 if left_turned else 0], right.shape[0 if right_turned else 1]
     settings = {"transpose_a": left_turned, "transpose_b": right_turned}
     return _call("matmul", {"onednn_matmul_config": settings}, shape, dtype, left, right)

@@ -1,5 +1,7 @@
 """The three products of a convolution (see `convolution`) by oneDNN, for training on a CPU that asks for it (`config.onednn`).
 
+Shapes and equality are those of `cpu_forms`; but an output is rounded here where it is to be.
+
 Milliseconds in this file: bfloat16, batch 16, as `cpu_forms` has it and here, two Zen 5 cores, JAX 0.10.2, medians of 9 in
 turn. In all, a step of ResNet-50 at 224 pixels: see experiments/speed/README.md.
 """
@@ -13,23 +15,31 @@ from cnnfamily.models import cpu_forms as cpu
 from cnnfamily.models import onednn
 from cnnfamily.models.geometry import Geometry, is_narrow, pad, seen_by_taps, spread, strided, sum_dtype
 
-FEWEST = 16  # filters; and of the gradients the channels
-MOST_TAPS = 49  # of the gradients: they have arrays as many times as large, or as many products
-# Of a convolution of few channels, whose kernel's gradient is a product over patches: the most of these, the fewest filters,
-# and of taps times channels the most for each pixel that the stride passes over.
-MOST_FEW, FEWEST_PATCHED, MOST_IN_A_PATCH = 4, 32, 160
-FEWEST_ROWS = 7  # of outputs with which rows of zeros cost less than windows do: of 7 in a product of 9 they are 2
+# Channels and filters of a 1x1 convolution, filters of one of few channels; of others both, and the sides of its output.
+FEWEST, FEWEST_OF_OTHERS, SMALLEST = 16, 24, 7
+MOST_FEW, FEWEST_PATCHED = 4, 32  # channels of which a kernel's gradient is a product over patches, and filters
+MOST_TAPS = 49  # as many products has a gradient with a stride, and images are copied as often for patches
 
 
 def applies(images: Array, kernel: Array, geometry: Geometry) -> bool:
-    """Whether a convolution that is being traced takes these forms: a dense one in training that asks for oneDNN."""
-    dense = geometry.groups == 1 and kernel.shape[3] >= FEWEST
-    return dense and onednn.applies(images, kernel, geometry, "training")
+    """Whether a convolution that is being traced takes these forms: a dense one in training that asks for oneDNN.
+
+    Where the forms of `cpu_forms` were found faster they stay (in turn, on a machine that did other work): for small maps
+    (2x2x512, 3x3, batch 128, output 9.5 to 15 and gradient of images 6.8 to 14; 7x7 on 7x7x512, batch 64, gradient of images 88
+    to 364) and for 16 channels (32x32x16, 3x3, batch 128, gradient of the kernel 10 to 19; from 24 on it is faster).
+    """
+    channels, filters = kernel.shape[2:]
+    if _is_pointwise(geometry):
+        worth = min(channels, filters) >= FEWEST
+    else:
+        fewest = FEWEST if channels <= MOST_FEW else FEWEST_OF_OTHERS
+        worth = filters >= fewest and (channels <= MOST_FEW or channels >= fewest) and min(geometry.output_size) >= SMALLEST
+    return geometry.groups == 1 and worth and onednn.applies(images, kernel, geometry, "training")
 
 
-# 1x1 as a product, 3x3 as a convolution: 56x56, 64 to 256: 4.5 to 1.9; 256 to 64: 3.5 to 1.9; 14x14, 1024 to 256: 1.7 and 1.8;
-# 3x3 of 56x56x64: 9.8 to 3.9; 28x28x128: 8.2 to 3.8; 14x14x256: 5.3 to 3.7; 7x7x512: 4.6 to 4.1. Of 224x224x3, 7x7 with stride
-# 2 to 64: 19 to 5.5; 3x3, stride 2, to 32: 4.4 to 1.1; 3x3 to 64: 22 to 8.0.
+# The output, 1x1 as a product, 3x3 as a convolution: 56x56, 64 to 256: 4.5 to 1.9; 256 to 64: 3.5 to 1.9; 14x14, 1024 to 256:
+# 1.7 and 1.8; 3x3 of 56x56x64: 9.8 to 3.9; 28x28x128: 8.2 to 3.8; 14x14x256: 5.3 to 3.7; 7x7x512: 4.6 to 4.1. Of 224x224x3,
+# 7x7 with stride 2 to 64: 19 to 5.5; 3x3, stride 2, to 32: 4.4 to 1.1; 3x3 to 64: 22 to 8.0.
 
 
 def output(images: Array, kernel: Array, geometry: Geometry) -> Array:
@@ -40,9 +50,9 @@ def output(images: Array, kernel: Array, geometry: Geometry) -> Array:
     return onednn.product(_flat(seen), kernel[0, 0], dtype).reshape(*seen.shape[:3], -1)
 
 
-# 56x56, 64 to 256: 3.5 to 1.9; 256 to 64: 4.3 to 2.0; 7x7, 1024 to 2048: 3.5 and 3.5, and as a convolution 4.6. 3x3 of
-# 56x56x64: 10.4 to 3.9; 28x28x128: 6.2 to 3.7; 14x14x256: 5.1 to 3.7; 7x7x512: 5.0 to 4.3, and 6.0 where XLA transposes the
-# kernel.
+# The gradient of the images: 56x56, 64 to 256: 3.5 to 1.9; 256 to 64: 4.3 to 2.0; 7x7, 1024 to 2048: 3.5 and 3.5, and as a
+# convolution 4.6. 3x3 of 56x56x64: 10.4 to 3.9; 28x28x128: 6.2 to 3.7; 14x14x256: 5.1 to 3.7; 7x7x512: 5.0 to 4.3, and 6.0
+# where XLA transposes the kernel.
 
 
 def to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
@@ -50,7 +60,7 @@ def to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
         product = onednn.product(_flat(cotangent), kernel[0, 0], cotangent.dtype, right_turned=True)
         product = product.reshape(*cotangent.shape[:3], -1)
         return product if geometry.stride == (1, 1) else pad(product, *spread((0, 0), geometry))
-    if kernel.shape[2] < FEWEST or math.prod(geometry.kernel_size) > MOST_TAPS:
+    if kernel.shape[2] <= MOST_FEW or math.prod(geometry.kernel_size) > MOST_TAPS:
         return cpu.ordered_to_images(cotangent, kernel, geometry)
     around = tuple(tuple(side.taps - 1 - padding for padding in side.padding) for side in geometry.sides)
     if geometry.stride != (1, 1) or min(map(min, around)) < 0:
@@ -67,17 +77,17 @@ def to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
     tap 13.4; 28x28x128: 7.3 to 6.4, 7.8; 14x14x256: 6.0 to 6.0, 5.9; 7x7x512: 6.3 to 5.8, 5.9. Of 224x224x3, over patches, 7x7
     with stride 2 to 64: 40 to 22; 11x11, stride 4, to 64: 16 to 12; 3x3, stride 2, to 32: 6.0 to 5.1; 3x3 to 64: 40 to 28.
     """
-    (rows, columns), (height, width) = geometry.kernel_size, geometry.output_size
+    (rows, columns), width = geometry.kernel_size, geometry.output_size[1]
     channels, filters = images.shape[3], cotangent.shape[3]
-    in_a_patch = rows * columns * channels / math.prod(geometry.stride)
-    if channels <= MOST_FEW and filters >= FEWEST_PATCHED and in_a_patch <= MOST_IN_A_PATCH:
+    copies = rows * columns * channels / math.prod(geometry.stride)
+    if channels <= MOST_FEW and filters >= FEWEST_PATCHED and copies <= MOST_TAPS:
         patches = _of_bits(cpu.patches(_bits(images), geometry), images.dtype)
         product = onednn.product(_flat(patches), _flat(cotangent), images.dtype, left_turned=True)
         return product.reshape(rows, columns, channels, filters)
-    if channels < FEWEST or rows * columns > MOST_TAPS:
+    if channels <= MOST_FEW or rows * columns > MOST_TAPS:
         return cpu.ordered_to_kernel(images, cotangent, geometry)
     padded = pad(images, geometry.padding)
-    if geometry.stride == (1, 1) and (rows == 1 or height >= FEWEST_ROWS):
+    if geometry.stride == (1, 1):
         by_columns = _side_by_side([padded[:, :, column : column + width] for column in range(columns)])
         by_rows = _side_by_side([pad(cotangent, ((row, rows - 1 - row), (0, 0))) for row in range(rows)])
         product = onednn.product(_flat(by_columns), _flat(by_rows), images.dtype, left_turned=True)

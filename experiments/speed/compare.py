@@ -9,7 +9,7 @@ What is measured: batches of random images, batch norm over the whole batch, cro
   plain    the same networks in plain Flax and the usual jitted step (`plain.py`)
   eager    torchvision's network, else timm's; channels_last, autocast for bfloat16, optimizer `torch.optim.SGD`
   compile  the same through `torch.compile`
-These take uint8 images and normalise them in the step, torch's are normalised beforehand. Inference (`infer`) takes
+The first three take uint8 images and normalise them in the step, torch's are normalised beforehand. Inference (`infer`) takes
 normalised images on all sides, in the dtype, and torch's network is wholly in it; `infer_folded` has the batch norms folded
 into the convolutions. There, and for networks without batch norm, ours is what `optimize_for_inference` gives. Dropout,
 stochastic depth and auxiliary classifiers are on in training. All sides use all cores. On a GPU float32 is TensorFloat-32 for
@@ -43,7 +43,8 @@ from cnnfamily import disk
 
 HERE = Path(__file__).resolve().parent
 OURS, TORCH = ("ours", "onednn"), ("eager", "compile")
-SIDES, MODES = (*OURS, "plain", *TORCH), ("train", "infer", "infer_folded")
+JAX = (*OURS, "plain")
+SIDES, MODES = (*JAX, *TORCH), ("train", "infer", "infer_folded")
 MODELS = ["lenet5", "alexnet", "vgg16", "resnet50", "googlenet", "mobilenet_v1", "mobilenet_v2"]
 MODELS += ["mobilenet_v3_large", "efficientnet_b0"]
 KEY = ("model", "dtype", "mode", "batch", "resolution")
@@ -178,7 +179,7 @@ def measure(jobs: dict, pythons: dict, arguments: argparse.Namespace) -> dict:
 def describe(sides: list[str], pythons: dict[str, str]) -> dict:
     """Machine and versions; stops where JAX and torch would run on different devices."""
     found, versions = {}, {}
-    for side in [next(s for s in sides if s in kind) for kind in (SIDES[:2], SIDES[2:]) if set(kind) & set(sides)]:
+    for side in [next(s for s in sides if s in kind) for kind in (JAX, TORCH) if set(kind) & set(sides)]:
         worker = Worker({"side": side, "describe": True}, pythons[side])
         try:
             found[side] = worker.answer(300)
