@@ -64,7 +64,9 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
     configs.check(config)
     runlog.check(workdir, config)
     if config.get("onednn") and (missing := onednn.missing(config.model.dtype)):
-        raise errors.UsageError(f"config.onednn=True: {missing}; such a run needs another machine, a new one False")
+        raise errors.UsageError(
+            f"config.onednn=True: {missing}; expected False (a run that began with True goes on where oneDNN can be had)"
+        )
     report = Report(quiet=quiet)
     first_step = checkpoint.newest_step(workdir / "checkpoints") or 0
     evaluated = any(row["step"] == first_step for row in runlog.read_metrics(workdir) if "test_loss" in row)
