@@ -49,7 +49,8 @@ DEFAULT = (
     *("lenet5", "alexnet", "vgg16", "resnet50", "googlenet"),
     *("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0"),
 )
-MODES = ("train", "onednn", "infer", "optimized")
+TRAINING = ("train", "onednn")  # modes with a step; the others are inference
+MODES = (*TRAINING, "infer", "optimized")
 _NORMAL = (0.449, 0.226)  # mean and standard deviation over ImageNet's channels; random pixels need no exact ones
 _WHOLE, _CUT = PartitionSpec(), PartitionSpec(parallel.AXIS)
 
@@ -77,7 +78,8 @@ class Program:
 
     @property
     def trains(self) -> bool:
-        return self.mode in ("train", "onednn")
+        """Whether it is a training step, whose first argument and first output is the state."""
+        return self.mode in TRAINING
 
     def lower(self) -> jax.stages.Lowered:
         """The program traced anew."""
@@ -306,7 +308,7 @@ def main(argv: list[str]) -> None:
     rows = []
     for name, network in networks.items():
         for mode in ("train", "infer") if arguments.mode == "both" else (arguments.mode,):
-            prepare = training if mode in ("train", "onednn") else inference
+            prepare = training if mode in TRAINING else inference
             program = prepare(network, arguments.batch, resolution=arguments.resolution, mesh=mesh, mode=mode)
             options = {"steps": arguments.steps or 0, "seconds": arguments.seconds, "by_layer": arguments.by_layer}
             rows.append({"name": name, **measure(program, ceiling, **options)})

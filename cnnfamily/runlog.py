@@ -37,14 +37,11 @@ def check(workdir: Path, config: ConfigDict) -> None:
         if (workdir / "manifest.json").exists() and disk.digest(configs.to_json(config)) != read_manifest(workdir)["config"]:
             raise UsageError(f"workdir {workdir} holds a run with another config, and no config.json; take another --workdir")
         return
-    ours, theirs = configs.identity(config), configs.identity(read_config(workdir))
+    ours, theirs = (configs.LATER | configs.identity(one) for one in (config, read_config(workdir)))
     missing = object()
     differ = [key for key in sorted(ours | theirs) if ours.get(key, missing) != theirs.get(key, missing)]
     if differ:
-        shown = ", ".join(
-            f"{key} ({theirs.get(key, configs.LATER.get(key))!r} there, {ours.get(key, configs.LATER.get(key))!r} here)"
-            for key in differ[:3]
-        )
+        shown = ", ".join(f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)" for key in differ[:3])
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise UsageError(f"workdir {workdir} holds a run with another config: {shown}{more}; take another --workdir")
 

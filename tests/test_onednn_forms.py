@@ -224,3 +224,5 @@ def test_a_run_is_cached_but_for_its_steps_and_ends_with_the_same_bits_after_a_c
     assert checkpoint.newest_step(tmp_path / "stopped" / "checkpoints") == 2
     train.run_training(config, tmp_path / "stopped", quiet=True)
     assert_equal_states(final_state(tmp_path / "stopped"), final_state(tmp_path / "straight"))
+    with pytest.raises(errors.UsageError, match=r"onednn \(True there, False here\); take another --workdir"):
+        train.run_training(short_config(model__width=4.0, **steps), tmp_path / "stopped", quiet=True)

@@ -113,7 +113,7 @@ def _kind(images: Array, kernel: Array, geometry: Geometry) -> str:
         return "onednn"
     if geometry.groups > 1:
         return "depthwise" if geometry.groups == images.shape[3] == kernel.shape[3] else "grouped"
-    if geometry.kernel_size == (1, 1) and geometry.padding == ((0, 0), (0, 0)):
+    if geometry.is_pointwise:
         return "pointwise"
     pixels, taps = min(math.prod(geometry.image_size), math.prod(geometry.output_size)), math.prod(geometry.kernel_size)
     if taps > MOST_TAPS:

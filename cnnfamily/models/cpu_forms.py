@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from cnnfamily.models.geometry import NHWC, Geometry, Pair, is_narrow, pad, seen_by_taps, spread, strided, sum_dtype
+from cnnfamily.models.geometry import NHWC, Geometry, Pair, flat, is_narrow, pad, seen_by_taps, spread, strided, sum_dtype
 
 # Where images are laid side by side, of filters the fewest, and what is too many, and of columns times filters.
 FEWEST_SHARED, MOST_SHARED, SHARED_COLUMNS = 64, 96, 64 * 112
@@ -280,7 +280,7 @@ def _product_over_pixels(images: Array, cotangent: Array) -> Array:
     to 5.1 at 112x112; ResNet-50 1.50 to 1.54 s.
     """
     if not is_narrow(images):
-        return _wide_product(_flat(cotangent), _flat(images), (0,), (0,)).T
+        return _wide_product(flat(cotangent), flat(images), (0,), (0,)).T
     pixels, channels, filters = math.prod(images.shape[:3]), images.shape[3], cotangent.shape[3]
     if pixels * channels <= pixels * filters + 2 * channels * filters:  # else the product is turned, for the optimizer to read
         return _product_of_turned(_turned(images), cotangent)
@@ -293,7 +293,7 @@ def _product_of_turned(turned: Array, right: Array) -> Array:
     The barrier: a transpose of the result would otherwise become a product of transposes, which in bfloat16 JAX 0.10.2
     compiles and then cannot run ("Unsupported element type for DotThunk").
     """
-    return lax.optimization_barrier(_wide_product(turned, _flat(right), (1,), (0,)))
+    return lax.optimization_barrier(_wide_product(turned, flat(right), (1,), (0,)))
 
 
 def _turned(x: Array) -> Array:
@@ -314,10 +314,6 @@ def _turned_images(x: Array) -> Array:
         return lax.optimization_barrier(x.transpose((0, 3, 1, 2)))
     bits = lax.bitcast_convert_type(x, jnp.uint16)
     return lax.bitcast_convert_type(lax.optimization_barrier(bits.transpose((0, 3, 1, 2))), x.dtype)
-
-
-def _flat(x: Array) -> Array:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _wide_product(left: Array, right: Array, left_axes: tuple[int, ...], right_axes: tuple[int, ...]) -> Array:

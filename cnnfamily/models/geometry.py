@@ -27,6 +27,11 @@ class Geometry(NamedTuple):
         return tuple((size + sum(padding) - taps) // stride + 1 for size, taps, stride, padding in sides)
 
     @property
+    def is_pointwise(self) -> bool:
+        """1x1 without padding: a matrix product over pixels."""
+        return self.kernel_size == (1, 1) and self.padding == ((0, 0), (0, 0))
+
+    @property
     def sides(self) -> Iterator["Side"]:
         """Height and width."""
         return map(Side, self.image_size, self.output_size, self.kernel_size, self.stride, self.padding)
@@ -75,6 +80,11 @@ def spread(tap: Pair, geometry: Geometry) -> tuple[tuple[Pair, Pair], Pair]:
         start = first - side.padding[0]
         around.append((start, side.size - start - (side.outputs - 1) * side.stride - 1))
     return tuple(around), tuple(stride - 1 for stride in geometry.stride)
+
+
+def flat(x: Array) -> Array:
+    """`[pixels of all images, channels]`."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def strided(images: Array, stride: Pair) -> Array:

@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from cnnfamily.models import cpu_forms as cpu
 from cnnfamily.models import onednn
-from cnnfamily.models.geometry import Geometry, is_narrow, pad, seen_by_taps, spread, strided, sum_dtype
+from cnnfamily.models.geometry import Geometry, flat, is_narrow, pad, seen_by_taps, spread, strided, sum_dtype
 
 # Channels and filters of a 1x1 convolution, filters of one of few channels; of others both, and the sides of its output.
 FEWEST, FEWEST_OF_OTHERS, SMALLEST = 16, 24, 7
@@ -29,7 +29,7 @@ def applies(images: Array, kernel: Array, geometry: Geometry) -> bool:
     to 364) and for 16 channels (32x32x16, 3x3, batch 128, gradient of the kernel 10 to 19; from 24 on it is faster).
     """
     channels, filters = kernel.shape[2:]
-    if _is_pointwise(geometry):
+    if geometry.is_pointwise:
         worth = min(channels, filters) >= FEWEST
     else:
         fewest = FEWEST if channels <= MOST_FEW else FEWEST_OF_OTHERS
@@ -44,10 +44,10 @@ def applies(images: Array, kernel: Array, geometry: Geometry) -> bool:
 
 def output(images: Array, kernel: Array, geometry: Geometry) -> Array:
     dtype = images.dtype if geometry.rounded else sum_dtype(images)
-    if not _is_pointwise(geometry):
+    if not geometry.is_pointwise:
         return onednn.convolution(images, kernel, geometry, dtype)
     seen = strided(images, geometry.stride)
-    return onednn.product(_flat(seen), kernel[0, 0], dtype).reshape(*seen.shape[:3], -1)
+    return onednn.product(flat(seen), kernel[0, 0], dtype).reshape(*seen.shape[:3], -1)
 
 
 # The gradient of the images: 56x56, 64 to 256: 3.5 to 1.9; 256 to 64: 4.3 to 2.0; 7x7, 1024 to 2048: 3.5 and 3.5, and as a
@@ -56,8 +56,8 @@ def output(images: Array, kernel: Array, geometry: Geometry) -> Array:
 
 
 def to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
-    if _is_pointwise(geometry):
-        product = onednn.product(_flat(cotangent), kernel[0, 0], cotangent.dtype, right_turned=True)
+    if geometry.is_pointwise:
+        product = onednn.product(flat(cotangent), kernel[0, 0], cotangent.dtype, right_turned=True)
         product = product.reshape(*cotangent.shape[:3], -1)
         return product if geometry.stride == (1, 1) else pad(product, *spread((0, 0), geometry))
     if kernel.shape[2] <= MOST_FEW or math.prod(geometry.kernel_size) > MOST_TAPS:
@@ -82,7 +82,7 @@ def to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
     copies = rows * columns * channels / math.prod(geometry.stride)
     if channels <= MOST_FEW and filters >= FEWEST_PATCHED and copies <= MOST_TAPS:
         patches = _of_bits(cpu.patches(_bits(images), geometry), images.dtype)
-        product = onednn.product(_flat(patches), _flat(cotangent), images.dtype, left_turned=True)
+        product = onednn.product(flat(patches), flat(cotangent), images.dtype, left_turned=True)
         return product.reshape(rows, columns, channels, filters)
     if channels <= MOST_FEW or rows * columns > MOST_TAPS:
         return cpu.ordered_to_kernel(images, cotangent, geometry)
@@ -90,19 +90,11 @@ def to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
     if geometry.stride == (1, 1):
         by_columns = _side_by_side([padded[:, :, column : column + width] for column in range(columns)])
         by_rows = _side_by_side([pad(cotangent, ((row, rows - 1 - row), (0, 0))) for row in range(rows)])
-        product = onednn.product(_flat(by_columns), _flat(by_rows), images.dtype, left_turned=True)
+        product = onednn.product(flat(by_columns), flat(by_rows), images.dtype, left_turned=True)
         return product.reshape(columns, channels, rows, filters).transpose(2, 0, 1, 3)
     windows = seen_by_taps(padded, geometry.kernel_size, geometry.stride, geometry.output_size)
-    products = [onednn.product(_flat(window), _flat(cotangent), images.dtype, left_turned=True) for window in windows]
+    products = [onednn.product(flat(window), flat(cotangent), images.dtype, left_turned=True) for window in windows]
     return jnp.stack(products).reshape(rows, columns, channels, filters)
-
-
-def _is_pointwise(geometry: Geometry) -> bool:
-    return geometry.kernel_size == (1, 1) and geometry.padding == ((0, 0), (0, 0))
-
-
-def _flat(x: Array) -> Array:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _side_by_side(parts: list[Array]) -> Array:

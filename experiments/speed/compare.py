@@ -39,11 +39,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from side import JAX, OURS, TORCH
+
 from cnnfamily import disk
 
 HERE = Path(__file__).resolve().parent
-OURS, TORCH = ("ours", "onednn"), ("eager", "compile")
-JAX = (*OURS, "plain")
 SIDES, MODES = (*JAX, *TORCH), ("train", "infer", "infer_folded")
 MODELS = ["lenet5", "alexnet", "vgg16", "resnet50", "googlenet", "mobilenet_v1", "mobilenet_v2"]
 MODELS += ["mobilenet_v3_large", "efficientnet_b0"]

@@ -26,7 +26,8 @@ import numpy as np
 MEAN, DEVIATION = 0.45, 0.225  # of the pixels of photographs, about
 LEARNING_RATE, MOMENTUM, AUXILIARY = 1e-3, 0.9, 0.3
 PACKAGES = {"jax": ("jax", "jaxlib", "flax", "optax"), "torch": ("torch", "torchvision", "timm")}
-JAX = ("ours", "onednn", "plain")  # of the sides
+OURS, TORCH = ("ours", "onednn"), ("eager", "compile")
+JAX = (*OURS, "plain")
 # Where timm's names differ from ours. Its networks have no dropout unless asked, unlike torchvision's and ours.
 TIMM = {
     "mobilenet_v1": ("mobilenetv1_100", {}),
@@ -381,7 +382,7 @@ def run(job: Namespace, say: Callable[[dict], None]) -> None:
 
 def main() -> None:
     job = Namespace(**json.loads(sys.argv[1]))
-    if job.side in ("ours", "onednn"):
+    if job.side in OURS:
         from cnnfamily import memory
 
         memory.tune_malloc()
