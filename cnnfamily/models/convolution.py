@@ -37,9 +37,9 @@ MOST_TAPS = 49  # of those that become a product a tap: for the 256 of a 16x16 k
 # Of a dense convolution, the fewest channels, in or out, and of the last kind channels times filters, with which
 # products a tap win; the measurements are in `cpu_forms`. And the fewest with which its kernel's gradient stands apart.
 FEWEST_HALVED, FEWEST_STRIDED, FEWEST_WIDE, FEWEST_DENSE = 96, 16, 64 * 128, 16
-# Of a convolution of few channels, as at the start of a network: the most of these, the fewest filters, and of taps times
-# channels the most that are put side by side for the kernel's gradient and, with a stride, for the output.
-MOST_FEW, FEWEST_PATCHED, MOST_IN_A_PATCH, MOST_IN_AN_OUTPUT = 4, 32, 160, 32
+# Of a convolution of few channels (`cpu.MOST_FEW`), as at the start of a network: of taps times channels the most that are
+# put side by side for the kernel's gradient and, with a stride, for the output.
+MOST_IN_A_PATCH, MOST_IN_AN_OUTPUT = 160, 32
 
 
 def convolution(
@@ -119,14 +119,15 @@ def _kind(images: Array, kernel: Array, geometry: Geometry) -> str:
     if taps > MOST_TAPS:
         return "plain"
     channels, weights = min(kernel.shape[2:]), math.prod(kernel.shape[2:])
+    in_a_patch = taps * kernel.shape[2]
     if jnp.finfo(images.dtype).bits < 32 and channels >= FEWEST_HALVED:
         return "halved"
     if pixels < taps:
         return "tiny"
     if max(geometry.stride) > 1 and channels >= FEWEST_STRIDED:
         return "strided"
-    if kernel.shape[2] <= MOST_FEW and kernel.shape[3] >= FEWEST_PATCHED and taps * kernel.shape[2] <= MOST_IN_A_PATCH:
-        return "patches" if max(geometry.stride) > 1 and taps * kernel.shape[2] <= MOST_IN_AN_OUTPUT else "few"
+    if kernel.shape[2] <= cpu.MOST_FEW and kernel.shape[3] >= cpu.FEWEST_PATCHED and in_a_patch <= MOST_IN_A_PATCH:
+        return "patches" if max(geometry.stride) > 1 and in_a_patch <= MOST_IN_AN_OUTPUT else "few"
     if weights >= FEWEST_WIDE:
         return "wide"
     return "dense" if channels >= FEWEST_DENSE else "plain"

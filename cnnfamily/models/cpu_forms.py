@@ -21,6 +21,7 @@ from cnnfamily.models.geometry import NHWC, Geometry, Pair, flat, is_narrow, pad
 # Where images are laid side by side, of filters the fewest, and what is too many, and of columns times filters.
 FEWEST_SHARED, MOST_SHARED, SHARED_COLUMNS = 64, 96, 64 * 112
 PIXELS_TOGETHER = 28 * 28  # the most of an image whose part in the gradient of a small kernel is a product of its own
+MOST_FEW, FEWEST_PATCHED = 4, 32  # channels of a convolution whose kernel's gradient is a product over patches, and filters
 FEWEST_BY_IMAGES = 32  # channels and filters with which a kernel's gradient is a product for each image
 
 

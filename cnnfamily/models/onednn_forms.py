@@ -17,7 +17,6 @@ from cnnfamily.models.geometry import Geometry, flat, is_narrow, pad, seen_by_ta
 
 # Channels and filters of a 1x1 convolution, filters of one of few channels; of others both, and the sides of its output.
 FEWEST, FEWEST_OF_OTHERS, SMALLEST = 16, 24, 7
-MOST_FEW, FEWEST_PATCHED = 4, 32  # channels of which a kernel's gradient is a product over patches, and filters
 MOST_TAPS = 49  # as many products has a gradient with a stride, and images are copied as often for patches
 
 
@@ -32,8 +31,8 @@ def applies(images: Array, kernel: Array, geometry: Geometry) -> bool:
     if geometry.is_pointwise:
         worth = min(channels, filters) >= FEWEST
     else:
-        fewest = FEWEST if channels <= MOST_FEW else FEWEST_OF_OTHERS
-        worth = filters >= fewest and (channels <= MOST_FEW or channels >= fewest) and min(geometry.output_size) >= SMALLEST
+        fewest = FEWEST if channels <= cpu.MOST_FEW else FEWEST_OF_OTHERS
+        worth = filters >= fewest and (channels <= cpu.MOST_FEW or channels >= fewest) and min(geometry.output_size) >= SMALLEST
     return geometry.groups == 1 and worth and onednn.applies(images, kernel, geometry, "training")
 
 
@@ -60,7 +59,7 @@ def to_images(cotangent: Array, kernel: Array, geometry: Geometry) -> Array:
         product = onednn.product(flat(cotangent), kernel[0, 0], cotangent.dtype, right_turned=True)
         product = product.reshape(*cotangent.shape[:3], -1)
         return product if geometry.stride == (1, 1) else pad(product, *spread((0, 0), geometry))
-    if kernel.shape[2] <= MOST_FEW or math.prod(geometry.kernel_size) > MOST_TAPS:
+    if kernel.shape[2] <= cpu.MOST_FEW or math.prod(geometry.kernel_size) > MOST_TAPS:
         return cpu.ordered_to_images(cotangent, kernel, geometry)
     around = tuple(tuple(side.taps - 1 - padding for padding in side.padding) for side in geometry.sides)
     if geometry.stride != (1, 1) or min(map(min, around)) < 0:
@@ -80,11 +79,11 @@ def to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
     (rows, columns), width = geometry.kernel_size, geometry.output_size[1]
     channels, filters = images.shape[3], cotangent.shape[3]
     copies = rows * columns * channels / math.prod(geometry.stride)
-    if channels <= MOST_FEW and filters >= FEWEST_PATCHED and copies <= MOST_TAPS:
+    if channels <= cpu.MOST_FEW and filters >= cpu.FEWEST_PATCHED and copies <= MOST_TAPS:
         patches = _of_bits(cpu.patches(_bits(images), geometry), images.dtype)
         product = onednn.product(flat(patches), flat(cotangent), images.dtype, left_turned=True)
         return product.reshape(rows, columns, channels, filters)
-    if channels <= MOST_FEW or rows * columns > MOST_TAPS:
+    if channels <= cpu.MOST_FEW or rows * columns > MOST_TAPS:
         return cpu.ordered_to_kernel(images, cotangent, geometry)
     padded = pad(images, geometry.padding)
     if geometry.stride == (1, 1):

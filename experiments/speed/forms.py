@@ -75,7 +75,7 @@ def forms(kind: str, which: str, channels: int) -> dict[str, Callable]:
     if kind == "dense":
         found["ordered"] = getattr(cpu_forms, f"ordered_{which}")
         found |= {"by rows": kernel_by_rows, "by images": cpu_forms.by_images_to_kernel} if which == "to_kernel" else {}
-        if channels <= convolution.MOST_FEW and which != "to_images":
+        if channels <= cpu_forms.MOST_FEW and which != "to_images":
             found["patches"] = getattr(cpu_forms, f"patches_{which}")
     return found
 
