@@ -59,6 +59,7 @@ print(faults * os.sysconf("SC_PAGESIZE") / 2**20 / 40)
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs Linux with glibc")
 def test_the_temporaries_of_a_step_are_kept_for_the_next():
     small = "glibc.malloc.hugetlb=0"  # so that faults tell how much came from the kernel

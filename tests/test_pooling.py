@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from cnnfamily.models.pooling import max_pool, max_pool_to_the_edge
+from cnnfamily.models.pooling import max_pool, max_pool_of_map, max_pool_to_the_edge
 
 
 def draw(*shape, seed=0):
@@ -76,6 +76,20 @@ def test_of_equal_maxima_the_first_has_the_gradient():
     x[0, 1, 0] = x[0, 1, 1] = 2
     gradient = jax.grad(lambda x: (max_pool(x, 2, 2) * jnp.array([[1, 2], [3, 4]], jnp.float32)[None, ..., None]).sum())(x)
     np.testing.assert_array_equal(gradient[0, ..., 0], [[0, 0, 2, 0], [1, 0, 0, 0], [3, 0, 4, 0], [0, 0, 0, 0]])
+
+
+def test_the_maximum_of_a_map_is_one_pixel():
+    """The first of equals has all of the gradient, as with torch; what is not finite stays so."""
+    x = jnp.asarray(draw(2, 3, 5, 4), jnp.float32).at[0, 1, 2, 0].set(9).at[0, 2, 1, 0].set(9)
+    np.testing.assert_array_equal(max_pool_of_map(x), np.asarray(x).max(axis=(1, 2)))
+    gradient = jax.grad(lambda x: (max_pool_of_map(x) * jnp.arange(1.0, 9).reshape(2, 4)).sum())(x)
+    np.testing.assert_array_equal(gradient.sum(axis=(1, 2)), np.arange(1.0, 9).reshape(2, 4))
+    assert (np.count_nonzero(gradient, axis=(1, 2)) == 1).all()
+    assert gradient[0, 1, 2, 0] == 1
+    narrow = x.astype("bfloat16")
+    np.testing.assert_array_equal(max_pool_of_map(narrow), narrow.max(axis=(1, 2)))
+    odd = jnp.asarray([[-jnp.inf, -jnp.inf, jnp.nan], [-jnp.inf, jnp.inf, 0]]).reshape(1, 2, 1, 3)
+    np.testing.assert_array_equal(max_pool_of_map(odd), [[-jnp.inf, jnp.inf, jnp.nan]])
 
 
 def test_a_second_derivative():

@@ -138,7 +138,7 @@ def test_two_processes_share_the_decoding_of_photographs(folder, start, tmp_path
     assert lines[0] == [pytest.approx(line, rel=1e-6) for line in lines[1]]
 
 
-@pytest.mark.parametrize("at", [44, 88])
+@pytest.mark.parametrize("at", [pytest.param(44, marks=pytest.mark.full), 88])
 def test_a_signal_during_an_evaluation_leaves_it_to_the_next_start(at, finished, tmp_path, monkeypatch):
     """It is saved at once; the run that goes on evaluates first, and ends as the one that was not stopped, best included."""
     workdir, original = tmp_path / "run", feed.TestFeed.batches

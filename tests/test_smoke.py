@@ -1,4 +1,4 @@
-"""The `:smoke` form of the config files trains, evaluates, and goes on where it died: of three here, with `-m full` of all."""
+"""The `:smoke` form of the config files trains, evaluates, and goes on where it died: of two here, with `-m full` of all."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from cnnfamily import parallel, runlog, train
 
 FILES = sorted(path.stem for path in (configs.REPOSITORY / "configs").glob("*.py") if path.stem != "default")
 # LeNet's and EfficientNet's, whose blocks are the MobileNets' too, are in test_train.py, with more of what a run can do;
-# ResNet's recipes are below.
-FAMILIES = ("alexnet_2012", "vgg11_bn", "googlenet_paper")
+# ResNet's recipes are below, and what is GoogLeNet's alone, its auxiliary classifiers, in test_googlenet.py.
+FAMILIES = ("alexnet_2012", "vgg11_bn")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAMILIES else [pytest.mark.full]) for n in FILES])

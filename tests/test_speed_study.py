@@ -34,7 +34,14 @@ FAMILIES = {  # a small variant of each
 }
 
 
-BY_HAND = ("alexnet", "vgg11_bn", "mobilenet_v1", "mobilenet_v3_small")  # their variables are compared below
+BY_HAND = (
+    "alexnet",
+    "vgg11_bn",
+    "googlenet",
+    "mobilenet_v1",
+    "mobilenet_v3_small",
+    "efficientnet_b0",
+)  # their variables are compared below
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * (name in BY_HAND)) for name in FAMILIES])

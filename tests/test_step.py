@@ -90,7 +90,7 @@ def assert_same(ours, theirs, tolerance=1e-9):
 LAYOUTS = [
     ("example", 4, 2, 2),
     pytest.param("example", 4, 4, 1, marks=pytest.mark.full),
-    ("subset", 0, 8, 1),
+    pytest.param("subset", 0, 8, 1, marks=pytest.mark.full),
     pytest.param("example", 4, 2, 1, marks=pytest.mark.full),
     pytest.param("example", 4, 4, 2, marks=pytest.mark.full),
     pytest.param("batch", 0, 4, 1, marks=pytest.mark.full),

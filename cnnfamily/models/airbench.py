@@ -24,7 +24,7 @@ from cnnfamily.models import initializers
 from cnnfamily.models.convolution import convolution
 from cnnfamily.models.initializers import parameter
 from cnnfamily.models.layers import ACTIVATIONS, BatchNorm, Conv, Linear, check_images, choose, logits, parameter_dtype_of
-from cnnfamily.models.pooling import max_pool
+from cnnfamily.models.pooling import max_pool, max_pool_of_map
 from cnnfamily.scaling import round_filters
 
 FILTERS = (64, 256, 256)
@@ -114,7 +114,7 @@ class Airbench(nn.Module):
             x = norm(name=f"{name}_norm1")(x, activation)
             x = norm(name=f"{name}_norm2")(conv(x, filters, f"{name}_conv2"), activation)
             self.sow("intermediates", f"{name}_output", x)
-        x = x.max(axis=(1, 2))
+        x = max_pool_of_map(x)
         start = partial(initializers.symmetric_uniform, bound=math.sqrt(3))  # deviation 1; the division makes up for it
         return logits(Linear(self.num_classes, start, bias=False, dtype=self.dtype, name="classifier")(x) / x.shape[-1])
 

@@ -53,6 +53,17 @@ def max_pool_to_the_edge(x: Array, window: int, stride: int, padding: int = 0) -
     return max_pool(x, window, stride, edges)
 
 
+def max_pool_of_map(x: Array) -> Array:
+    """The maximum of each map, `[batch, channels]` of `[batch, height, width, channels]`; the gradient goes to the first.
+
+    That of `jnp.max` is shared among the pixels that equal the maximum, and where XLA computes x anew for it, with other
+    roundings, there are none: 0 / 0 (seen in float64, with LLVM's optimisations off).
+    """
+    pixels = x.reshape(x.shape[0], -1, x.shape[3])
+    first = jnp.argmax(lax.stop_gradient(pixels), axis=1, keepdims=True)
+    return jnp.where(jnp.arange(pixels.shape[1])[:, None] == first, pixels, 0).sum(axis=1)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _max_pool(x: Array, windows: Windows) -> Array:
     return lax.platform_dependent(x, cpu=partial(_output_on_cpu, windows), default=partial(_output, windows))
