@@ -5,11 +5,10 @@ import importlib.metadata
 import os
 import tempfile
 
-# Less time to compile, which is most of the suite's: none of LLVM's optimisations.
-QUICK = "--xla_backend_optimization_level=0"
+# Less time to compile, which is most of the suite's: LLVM's first level takes a tenth less.
+QUICK = "--xla_backend_optimization_level=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones end the process at a flag that they do not know
-    # And XLA's older way to emit fused loops. Seven small networks and their gradients (test_every_parameter_is_used, two slow
-    # Zen 3 cores) compile in 13.7 s, with either of the two alone in 24 to 26.
+    # And XLA's older way to emit fused loops a quarter: the smoke tests and test_models 54 s, 73 s without these two.
     QUICK += " --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers take over the environment of the first process
@@ -31,6 +30,24 @@ LENET = "configs/lenet5_digits.py"
 SHORT = {"total_epochs": 4.0, "evaluate.every_epochs": 1.0, "log.every_steps": 10, "optim.warmup_epochs": 0.5}
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+# Modules of layers and networks, that compare no run with another, compile without LLVM's optimisations: seven small networks
+# and their gradients 13.7 s for 23.9 (test_every_parameter_is_used, two Zen 3 cores). Runs do not: of two programs that are
+# the same by contract, images stored or sent, say, one is then fused otherwise and rounds otherwise.
+NETWORKS = "airbench alexnet batch_norm convolution convert efficientnet fold golden_logits googlenet initializers keras layers"
+NETWORKS += " lenet losses mobilenet_v1 mobilenet_v2 mobilenet_v3 models onednn pooling resnet speed_study stochastic_depth vgg"
+UNOPTIMISED = {f"test_{name}" for name in (NETWORKS + " weights").split()}
+_unoptimised = False
+
+
+@pytest.fixture(autouse=True)
+def compiles_quickly(request):
+    global _unoptimised
+    if _unoptimised != (wanted := request.module.__name__.split(".")[-1] in UNOPTIMISED):
+        jax.clear_caches()  # no program of the one kind in a test of the other, whatever ran before
+        jax.config.update("jax_disable_most_optimizations", wanted)
+        _unoptimised = wanted
 
 
 def mesh_of(devices: int) -> Mesh:

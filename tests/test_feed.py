@@ -152,6 +152,7 @@ def grown(folder, tmp_path_factory):  # noqa: F811
     return config, workdir
 
 
+@pytest.mark.full
 def test_a_run_whose_images_grow_ends_with_the_same_bits(grown, tmp_path, monkeypatch):
     config, workdir = grown
     steps, original = [], parallel.map_over_devices

@@ -235,7 +235,7 @@ def on_devices(step, devices, *operands, outputs):
     return jax.block_until_ready(jax.jit(mapped)(*operands))
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.full) for n in (1, 2)), 4])
 @pytest.mark.parametrize("group", [2, 4, 8, 0])  # on 4 devices of 2 examples: one device, two, all
 def test_batch_norm_is_the_same_function_on_any_number_of_devices(x64, devices, group):
     x = np.float64(draw(8, 2, 2, 2))

@@ -165,11 +165,11 @@ def test_shapes_and_dtypes_at_full_depth(name):
     [
         ("lenet5", {"pool": "average", "activation": "tanh"}),
         ("lenet5_1998", {}),
-        ("lenet5_1998", {"output": "linear"}),
+        pytest.param("lenet5_1998", {"output": "linear"}, marks=pytest.mark.full),
         ("resnet20_cifar", {"depth": 0.1, "shortcut": "A_average", "se_reduction": 4}),
-        ("mobilenet_v1", {"depth": 0.1}),
-        ("mobilenet_v2", {"depth": 0.1}),
-        ("mobilenet_v3_small", {}),
+        pytest.param("mobilenet_v1", {"depth": 0.1}, marks=pytest.mark.full),
+        pytest.param("mobilenet_v2", {"depth": 0.1}, marks=pytest.mark.full),
+        pytest.param("mobilenet_v3_small", {}, marks=pytest.mark.full),
         ("efficientnet_b0", {"depth": 0.1}),
         ("airbench94", {}),
     ],
@@ -274,7 +274,12 @@ SMALL = {
 BATCH = 8
 
 
-@pytest.fixture(scope="module", params=SMALL)
+# The others' blocks and layers are these, or have tests of their own.
+IN_THE_SUITE = ("lenet5", "resnet", "mobilenet_v3", "efficientnet")
+PARAMS = [pytest.param(name, marks=[pytest.mark.full] * (name not in IN_THE_SUITE)) for name in SMALL]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def small(request):
     """`train(images, position)`: logits and gradients of a small network in training.
 

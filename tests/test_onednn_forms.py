@@ -207,6 +207,7 @@ def test_a_dtype_that_it_has_not_ends_the_run_before_it_begins(tmp_path, monkeyp
         benchmark.training(create_model("lenet5"), 4, mode="onednn")
 
 
+@pytest.mark.full
 def test_a_run_is_cached_but_for_its_steps_and_ends_with_the_same_bits_after_a_crash(tmp_path, monkeypatch, dies_at_3, on_cpu):
     needs("float32")
     compiled, compile_ = [], jax.stages.Lowered.compile

@@ -86,10 +86,25 @@ def arguments(workdir, **overrides) -> list[str]:
     return [f"--config={LENET}", f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in overrides.items())]
 
 
-def test_two_processes_are_one_with_two_devices(finished, start, tmp_path, monkeypatch):
-    """Equal bit for bit: the sum of two numbers does not depend on their order, nor an example on where it is.
+def test_two_processes_are_one_with_two_devices(start, tmp_path, monkeypatch):
+    """Equal bit for bit: the sum of two numbers does not depend on their order, nor an example on where it is."""
+    ours = ends(start(2, "-m", "cnnfamily.train", *arguments(tmp_path / "two")))
+    assert [(status, said(err)) for status, _, err in ours] == [(0, []), (0, [])]
+    assert "lenet5 on digits, 2 cpu" in ours[0][1]
+    assert "step" not in ours[1][1], "the first process speaks for all"
+    monkeypatch.setattr(parallel, "data_mesh", lambda: mesh_of(2))
+    result = train.run_training(short_config(ema__decay=0.95), tmp_path / "one", quiet=True)
+    assert_equal_states(final_state(tmp_path / "two"), final_state(tmp_path / "one"))
+    lines = lines_without_timing(tmp_path / "two")
+    assert lines == [pytest.approx(line, rel=1e-6) for line in lines_without_timing(tmp_path / "one")]
+    assert lines[-1]["test_examples"] == result.metrics["ema_test_examples"] == 360
 
-    SIGTERM to the second process stops both; the same command goes on, and so does one process with eight devices.
+
+@pytest.mark.full
+def test_two_processes_that_were_stopped_go_on_and_so_does_one(finished, start, tmp_path, monkeypatch):
+    """SIGTERM to the second process stops both; the same command ends with the bits of one process with two devices.
+
+    One process with eight devices goes on from there too.
     """
     workdir = tmp_path / "two"
     ours = ends(start(2, STRUCK, 1, "step", 36, int(signal.SIGTERM), *arguments(workdir)))
@@ -102,15 +117,12 @@ def test_two_processes_are_one_with_two_devices(finished, start, tmp_path, monke
 
     ours = ends(start(2, "-m", "cnnfamily.train", *arguments(workdir)))
     assert [(status, said(err)) for status, _, err in ours] == [(0, []), (0, [])]
-    assert "lenet5 on digits, 2 cpu" in ours[0][1]
-    assert "step" not in ours[1][1], "the first process speaks for all"
     with monkeypatch.context() as context:
         context.setattr(parallel, "data_mesh", lambda: mesh_of(2))
-        result = train.run_training(short_config(ema__decay=0.95), tmp_path / "one", quiet=True)
+        train.run_training(short_config(ema__decay=0.95), tmp_path / "one", quiet=True)
     assert_equal_states(final_state(workdir), final_state(tmp_path / "one"))
     lines = lines_without_timing(workdir)
     assert lines == [pytest.approx(line, rel=1e-6) for line in lines_without_timing(tmp_path / "one")]
-    assert lines[-1]["test_examples"] == result.metrics["ema_test_examples"] == 360
     assert [session["devices"] for session in runlog.read_manifest(workdir)["sessions"]] == [
         {"count": 2, "kind": "cpu", "processes": 2}
     ] * 2
@@ -165,7 +177,7 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_next_start(at, finished,
         assert (ours.newest, ours.best) == (theirs.newest, theirs.best)
 
 
-@pytest.mark.parametrize(("victim", "place", "count"), [(1, "step", 30), (0, "pause", 30)])
+@pytest.mark.parametrize(("victim", "place", "count"), [(1, "step", 30), pytest.param(0, "pause", 30, marks=pytest.mark.full)])
 def test_a_process_that_dies_ends_the_other_with_one_line(victim, place, count, start, tmp_path):
     """The second one's death makes a collective fail; the coordinator's makes native code write a page and abort."""
     ours = start(2, STRUCK, victim, place, count, int(signal.SIGKILL), *arguments(tmp_path / "run"))

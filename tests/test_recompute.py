@@ -42,7 +42,8 @@ def compiled_step(name: str, dtype: str, recompute: bool):
     return parallel.map_over_devices(step, mesh_of(1), batch_axis=1, outputs=2).lower(*arguments).compile(), arguments
 
 
-@pytest.mark.parametrize("name", ["resnet50", pytest.param("efficientnet_b0", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("name", SMALL)
 def test_the_same_update(x64, name):
     (kept, arguments), (anew, _) = (compiled_step(name, "float64", recompute) for recompute in (False, True))
     (expected, metrics), (found, same) = kept(*arguments), anew(*arguments)

@@ -50,7 +50,7 @@ def one_device(monkeypatch):
 RECIPES = [name for name in FILES if configs.load_config(f"configs/{name}.py").data.source == "tfds:imagenet2012"]
 
 
-IN_THE_SUITE = ("resnet50_2021",)  # images that grow, as of resnet50_fast, are in test_feed.py
+IN_THE_SUITE = ()  # a folder of photographs trains in test_photographs.py
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n not in IN_THE_SUITE)) for n in RECIPES])

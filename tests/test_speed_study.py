@@ -49,7 +49,13 @@ def test_the_plain_form_is_the_same_function(name):
     plain.check(name, **FAMILIES[name])
 
 
-@pytest.mark.parametrize("name", [*compare.MODELS, "efficientnet_b4"])
+SAME_BLOCKS = ("mobilenet_v2", "mobilenet_v1", "efficientnet_b4")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.full] * (name in SAME_BLOCKS)) for name in [*compare.MODELS, SAME_BLOCKS[-1]]],
+)
 def test_the_plain_form_has_the_same_variables(name):
     plain.check_trees(cnnfamily.create_model(name, **({"aux": True} if name == "googlenet" else {})), resolution=0)
 

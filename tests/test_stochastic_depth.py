@@ -233,7 +233,8 @@ def by_hand(params, stats, x, keep, form, kernel):
 
 # A branch of 1x1 holds no convolution operation on a CPU, one of 3x3 does.
 @pytest.mark.parametrize(
-    ("form", "kernel"), [("batch", 1), ("batch", 3), ("subset", 3), pytest.param("subset", 1, marks=pytest.mark.full)]
+    ("form", "kernel"),
+    [("batch", 3), ("subset", 3), *(pytest.param(form, 1, marks=pytest.mark.full) for form in ("batch", "subset"))],
 )
 def test_value_gradient_and_statistics_are_those_of_the_kept_branches(x64, form, kernel):
     net, variables, x = prepare(stochastic_depth_form=form, kernel=kernel)

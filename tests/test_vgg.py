@@ -37,6 +37,7 @@ def test_a_map_of_another_size_is_averaged():
     assert network.apply(variables, jnp.ones((1, 32, 32, 3))).shape == (1, 5)
 
 
+@pytest.mark.full
 def test_the_norm_stands_before_or_after_the_activation():
     """Behind ReLU its output has negative values that a following ReLU would have removed."""
     for place, kept in (("before", False), ("after", True)):
