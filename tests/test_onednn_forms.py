@@ -178,6 +178,7 @@ def step_of(mode, devices=1):
     return benchmark.training(network, 4, resolution=32, mesh=mesh_of(devices), mode=mode)
 
 
+@pytest.mark.full
 def test_a_step_on_two_devices_is_that_without_on_one_up_to_rounding(on_cpu):
     needs("float32")
     program, two, again = step_of("train"), step_of("onednn", 2), step_of("onednn", 2)

@@ -189,6 +189,7 @@ def test_a_process_that_dies_ends_the_other_with_one_line(victim, place, count, 
     assert checkpoint.newest_step(tmp_path / "run/checkpoints") == 22
 
 
+@pytest.mark.full
 def test_native_code_that_aborts_is_still_heard(start):
     """What it wrote comes through; only the page about a lost process becomes a line, however quickly the abort follows."""
     code = """
@@ -204,6 +205,7 @@ ctypes.CDLL(None).abort()
     assert (broken[0], broken[2]) == (-signal.SIGABRT, "Check failed: 1 == 2")
 
 
+@pytest.mark.full
 def test_a_second_ctrl_c_ends_at_once_even_while_another_process_hangs(start, tmp_path):
     """The second process stands still, so the first waits for it in native code, where Python hears no signal."""
     first, second = start(2, STRUCK, 1, "step", 5, int(signal.SIGSTOP), *arguments(tmp_path / "run"))
