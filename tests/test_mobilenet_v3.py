@@ -108,7 +108,7 @@ def test_nonlinearities(name, expected):
     assert " ".join(row[4] for row in create_model(f"mobilenet_v3_{name}").stages) == expected
 
 
-IN_THE_SUITE = [row for row in COUNTS if row[2] == 224 and (row[3] == "torchvision" and row[1] in (0.5, 1.0))]
+IN_THE_SUITE = [row for row in COUNTS if row[1] in (0.5, 1.0) and row[2:] == (224, "torchvision")]
 OTHERS = [pytest.param(*row, marks=pytest.mark.full) for row in COUNTS if row not in IN_THE_SUITE]
 
 

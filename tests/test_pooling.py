@@ -88,6 +88,7 @@ def test_the_maximum_of_a_map_is_one_pixel():
     assert gradient[0, 1, 2, 0] == 1
     narrow = x.astype("bfloat16")
     np.testing.assert_array_equal(max_pool_of_map(narrow), narrow.max(axis=(1, 2)))
+    assert max_pool_of_map(x[:0]).shape == (0, 4)
     odd = jnp.asarray([[-jnp.inf, -jnp.inf, jnp.nan], [-jnp.inf, jnp.inf, 0]]).reshape(1, 2, 1, 3)
     np.testing.assert_array_equal(max_pool_of_map(odd), [[-jnp.inf, jnp.inf, jnp.nan]])
 

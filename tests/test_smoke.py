@@ -50,10 +50,8 @@ def one_device(monkeypatch):
 RECIPES = [name for name in FILES if configs.load_config(f"configs/{name}.py").data.source == "tfds:imagenet2012"]
 
 
-IN_THE_SUITE = ()  # a folder of photographs trains in test_photographs.py
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n not in IN_THE_SUITE)) for n in RECIPES])
+@pytest.mark.full  # a folder of photographs trains in test_photographs.py
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipe_on_photographs(name, imagenet, tmp_path):
     """What it cuts out, changes and mixes is the recipe's; only network, images and duration are small."""
     recipe, config = (configs.load_config(f"configs/{name}.py{form}") for form in ("", ":smoke"))

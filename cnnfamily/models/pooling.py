@@ -56,10 +56,11 @@ def max_pool_to_the_edge(x: Array, window: int, stride: int, padding: int = 0) -
 def max_pool_of_map(x: Array) -> Array:
     """The maximum of each map, `[batch, channels]` of `[batch, height, width, channels]`; the gradient goes to the first.
 
-    That of `jnp.max` is shared among the pixels that equal the maximum, and where XLA computes x anew for it, with other
-    roundings, there are none: 0 / 0 (seen in float64, with LLVM's optimisations off).
+    As torch's `MaxPool2d` over the whole map; floating, with at least one pixel (else ValueError, of `argmax`). The gradient of
+    `jnp.max` is divided by how many pixels equal the maximum, and was NaN in float64 with LLVM's optimisations off: most likely
+    XLA had computed x anew for it, with other roundings, so that none did.
     """
-    pixels = x.reshape(x.shape[0], -1, x.shape[3])
+    pixels = lax.collapse(x, 1, 3)
     first = jnp.argmax(lax.stop_gradient(pixels), axis=1, keepdims=True)
     return jnp.where(jnp.arange(pixels.shape[1])[:, None] == first, pixels, 0).sum(axis=1)
 
