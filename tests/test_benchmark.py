@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,21 @@ def test_optimized_inference_by_layer(capsys, monkeypatch):
     (row,) = json.loads(capsys.readouterr().out)["networks"]
     assert row["mode"] == "optimized"
     assert {"c1", "c3", "c5"} <= {layer["name"] for layer in row["by_layer"]}
+
+
+def test_training_by_onednn_by_layer(on_cpu):
+    """In the profile a call of oneDNN has another name than in the program's text, and finds its layer all the same."""
+    if missing := onednn.missing("float32"):
+        pytest.skip(missing)
+    network = create_model("mobilenet_v2", head_filters=64, stages=((1, 16, 1, 1), (2, 24, 1, 2)), num_classes=7)
+    program = benchmark.training(network, 2, resolution=32, mesh=mesh_of(1), mode="onednn")
+    program.compile()
+    program.step()
+    text = program.compiled.as_text()
+    assert {"__onednn$matmul", "__onednn$convolution"} <= set(re.findall(r"__onednn\$\w+", text))
+    rows = profile_layers.by_layer(program.step, text, "MobileNetV2", ["stem", "head"], steps=1)
+    times = {row.name: row for row in rows}
+    assert min(times["stem"].forward, times["head"].forward, times["head"].backward) > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
