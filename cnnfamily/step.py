@@ -7,6 +7,7 @@ of one device on any number of them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -124,20 +125,23 @@ def train_step(
       record: adds `choices` to the metrics, every random choice of the step: arrays `[global batch, ...]` in its order.
     """
 
-    def add_micro_batch(total, micro):
+    def of_micro_batch(micro):
         # Every micro-batch starts from the same running statistics and their mean is kept: as if it were one batch in groups.
         gradient = jax.value_and_grad(objective, has_aux=True)
         (loss, (batch_stats, top1, choices)), grads = gradient(state.params, state, micro, store)
-        return jax.tree.map(jnp.add, total, (grads, batch_stats, loss, top1)), choices if record else {}
+        return (grads, batch_stats, loss, top1), choices if record else {}
 
-    zero = jax.tree.map(jnp.zeros_like, (state.params, state.batch_stats))
-    zero = (*zero, jnp.zeros((), _float_dtype(state.params)), jnp.zeros((), jnp.float32))
-    total, choices = _accumulate(add_micro_batch, zero, batch)
+    def zeros():
+        of_tree = jax.tree.map(jnp.zeros_like, (state.params, state.batch_stats))
+        return *of_tree, jnp.zeros((), _float_dtype(state.params)), jnp.zeros((), jnp.float32)
+
+    total, choices = _accumulate(of_micro_batch, zeros, batch)
     # One reduction for everything that devices must agree on. Under check_vma=False gradients are still local here. On a CPU
     # one of a single device is not removed but copies: 8 of the 26 ms of a step of a small MobileNetV3.
     if lax.axis_size(axis_name) > 1:
         total = lax.pmean(total, axis_name)
-    grads, batch_stats, loss, top1 = jax.tree.map(lambda x: x / batch["position"].shape[0], total)
+    micro_batches = batch["position"].shape[0]
+    grads, batch_stats, loss, top1 = jax.tree.map(lambda x: x / micro_batches, total) if micro_batches > 1 else total
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a float to an integer power; all else may be strict
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -150,7 +154,7 @@ def train_step(
     metrics = {"loss": loss, "top1": top1, "grad_norm": optax.tree.norm(grads)}
     finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
     after = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
-    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+    after = jax.tree.map(lambda new, old: lax.select(finite, new, old), after, state)  # `jnp.where` takes long to trace
     if record:
         metrics["choices"] = _in_global_order({"index": batch["index"], **choices}, axis_name)
     return after, metrics
@@ -162,22 +166,31 @@ def _in_global_order(choices: Any, axis_name: str) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), whole)
 
 
-def _accumulate(add: Callable, carry: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
-    """`lax.scan(add, carry, batch)`; on CPU unrolled, because XLA does not optimise convolutions inside a loop there."""
+def _accumulate(compute: Callable, zeros: Callable, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
+    """Of `compute(micro)`, a pair, over the micro-batches: the sum of the first, and `[micro-batches, ...]` of the second.
 
-    def unrolled(carry, batch):
-        outputs = []
-        for i in range(batch["position"].shape[0]):
-            carry, output = add(carry, jax.tree.map(lambda x, i=i: x[i], batch))
-            outputs.append(output)
-        return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+    `zeros()` is a sum of none. On a CPU unrolled, because XLA does not optimise convolutions inside a loop there; and of one
+    alone nothing is added up, for that takes its time to trace, parameter by parameter.
+    """
 
-    def scanned(carry, batch):
-        return lax.scan(add, carry, batch)
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, part)
+
+    def unrolled(batch):
+        parts = [compute(jax.tree.map(lambda x, i=i: x[i], batch)) for i in range(batch["position"].shape[0])]
+        sums, outputs = zip(*parts, strict=True)
+        return functools.reduce(add, sums), jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+
+    def scanned(batch):
+        def step(total, micro):
+            part, output = compute(micro)
+            return add(total, part), output
+
+        return lax.scan(step, zeros(), batch)
 
     if batch["position"].shape[0] == 1:
-        return unrolled(carry, batch)
-    return lax.platform_dependent(carry, batch, cpu=unrolled, default=scanned)
+        return unrolled(batch)
+    return lax.platform_dependent(batch, cpu=unrolled, default=scanned)
 
 
 def _float_dtype(params: Any) -> jnp.dtype:
