@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from cnnfamily import programs
@@ -18,6 +19,7 @@ def prepare(network: nn.Module, variables: dict) -> tuple[nn.Module, dict]:
         network, variables = fold_batch_norm(network, variables)
 
     def narrow(path, leaf):
+        leaf = np.array(leaf) if isinstance(leaf, np.ndarray) else leaf  # copied: `device_put` may share its memory
         return leaf.astype(network.dtype) if path[-1].key == "kernel" else leaf
 
     return network, jax.device_put(jax.tree_util.tree_map_with_path(narrow, variables))

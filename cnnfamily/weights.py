@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax import linen as nn
@@ -77,7 +76,10 @@ def load_pretrained(
         drawn = flatten_dict(initialize(network, jax.random.key(0)))
         fit.values.update({leaf.path: drawn[leaf.path] for leaf in fit.fresh})
     dtype = parameter_dtype_of(network.dtype)
-    return network, {"batch_stats": {}} | unflatten_dict({path: jnp.asarray(x, dtype) for path, x in fit.values.items()})
+    # Copied: on a CPU JAX takes over the memory of a NumPy array that is aligned, and a torch network's is, which may go on to
+    # train. All at once: `jnp.array` compiles a program for every shape.
+    values = {path: np.array(x, dtype) for path, x in fit.values.items()}
+    return network, {"batch_stats": {}} | jax.device_put(unflatten_dict(values))
 
 
 def state_dict(network: nn.Module, variables: Mapping[str, Any], scheme: str = "torchvision") -> dict[str, np.ndarray]:

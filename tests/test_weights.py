@@ -77,6 +77,29 @@ def test_a_state_dict_in_memory_serves_as_a_file(resnet18):
     assert_equal(read, network_of("resnet18")[1])
 
 
+def test_memory_that_changes_later_changes_nothing_here():
+    """That of a torch network which goes on to train is aligned, and such memory JAX takes over on a CPU."""
+
+    def aligned(x):
+        whole = np.empty(x.nbytes + 64, np.uint8)
+        first = -whole.ctypes.data % 64
+        copied = whole[first : first + x.nbytes].view(x.dtype).reshape(x.shape)
+        copied[...] = x
+        return copied
+
+    network, variables = network_of("resnet20_cifar")
+    state = {key: aligned(x) for key, x in cnnfamily.state_dict(network, variables).items()}
+    read = cnnfamily.load_pretrained(network, state)[1]
+    lenet5, images = create_model("lenet5"), jnp.ones((1, 32, 32, 1))
+    own = jax.tree.map(aligned, jax.device_get(initialize(lenet5, jax.random.key(0))))
+    infer = cnnfamily.optimize_for_inference(lenet5, own)
+    before = infer(images)
+    for x in (*state.values(), *jax.tree.leaves(own)):
+        x[...] = 7
+    assert_equal(read, variables)
+    np.testing.assert_array_equal(infer(images), before)
+
+
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_half_precision_becomes_float32(tmp_path, resnet18, dtype):
     half = {key: value.astype(dtype) if value.dtype == np.float32 else value for key, value in resnet18[1].items()}
