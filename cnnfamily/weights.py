@@ -83,7 +83,7 @@ def load_pretrained(
 
 
 def state_dict(network: nn.Module, variables: Mapping[str, Any], scheme: str = "torchvision") -> dict[str, np.ndarray]:
-    """The variables by torch's names and in torch's layout, as `load_state_dict` of the torch network takes them.
+    """The variables by torch's names and in torch's layout, copied, as `load_state_dict` of the torch network takes them.
 
     Raises:
       UsageError: the network has no names in this scheme, or the variables are not this network's.
@@ -96,7 +96,8 @@ def state_dict(network: nn.Module, variables: Mapping[str, Any], scheme: str = "
         if value is None or value.shape != leaf.shape:
             found = "missing" if value is None else f"of shape {value.shape}"
             raise UsageError(f"variables: {'/'.join(leaf.path)} is {found}; expected {leaf.shape}")
-        tensors[key] = np.ascontiguousarray(leaf.to_torch(np.asarray(value)))  # safetensors writes others in a wrong order
+        # Contiguous, for safetensors writes others in a wrong order; copied, for of what JAX holds NumPy has a view to read.
+        tensors[key] = np.array(leaf.to_torch(np.asarray(value)), order="C")
         if leaf.path[-1] == "var":
             tensors[f"{key.rpartition('.')[0]}.{naming.COUNTER}"] = np.zeros((), np.int64)
     return tensors

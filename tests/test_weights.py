@@ -98,6 +98,10 @@ def test_memory_that_changes_later_changes_nothing_here():
         x[...] = 7
     assert_equal(read, variables)
     np.testing.assert_array_equal(infer(images), before)
+    given = cnnfamily.state_dict(network, read)
+    for x in given.values():
+        x[...] = 7  # that of a torch network which takes over the memory and trains
+    assert_equal(read, variables)
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
