@@ -15,11 +15,12 @@ from cnnfamily.fold import fold_batch_norm
 
 def prepare(network: nn.Module, variables: dict) -> tuple[nn.Module, dict]:
     """The network with batch norm folded where it can be, and its variables, kernels in `network.dtype`, on the device."""
+    # Copied before anything is computed: JAX on a CPU reads aligned arrays of NumPy's where they lie, and later.
+    variables = jax.tree.map(lambda leaf: np.array(leaf) if isinstance(leaf, np.ndarray) else leaf, variables)
     with contextlib.suppress(UsageError):  # no batch norm, or none that follows a convolution directly
         network, variables = fold_batch_norm(network, variables)
 
     def narrow(path, leaf):
-        leaf = np.array(leaf) if isinstance(leaf, np.ndarray) else leaf  # copied: `device_put` may share its memory
         return leaf.astype(network.dtype) if path[-1].key == "kernel" else leaf
 
     return network, jax.device_put(jax.tree_util.tree_map_with_path(narrow, variables))

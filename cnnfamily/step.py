@@ -7,7 +7,6 @@ of one device on any number of them.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -167,7 +166,7 @@ def _in_global_order(choices: Any, axis_name: str) -> Any:
 
 
 def _accumulate(compute: Callable, zeros: Callable, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
-    """Of `compute(micro)`, a pair, over the micro-batches: the sum of the first, and `[micro-batches, ...]` of the second.
+    """Over the micro-batches, the first of the pair `compute(micro)` summed, and the second stacked, `[micro-batches, ...]`.
 
     `zeros()` is a sum of none. On a CPU unrolled, because XLA does not optimise convolutions inside a loop there; and of one
     alone nothing is added up, for that takes its time to trace, parameter by parameter.
@@ -177,9 +176,12 @@ def _accumulate(compute: Callable, zeros: Callable, batch: dict[str, jax.Array])
         return jax.tree.map(jnp.add, total, part)
 
     def unrolled(batch):
-        parts = [compute(jax.tree.map(lambda x, i=i: x[i], batch)) for i in range(batch["position"].shape[0])]
-        sums, outputs = zip(*parts, strict=True)
-        return functools.reduce(add, sums), jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+        total, outputs = None, []
+        for i in range(batch["position"].shape[0]):
+            part, output = compute(jax.tree.map(lambda x, i=i: x[i], batch))
+            total = add(total, part) if outputs else part  # here, so that no more than two gradients are kept
+            outputs.append(output)
+        return total, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
     def scanned(batch):
         def step(total, micro):

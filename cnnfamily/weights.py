@@ -76,10 +76,10 @@ def load_pretrained(
         drawn = flatten_dict(initialize(network, jax.random.key(0)))
         fit.values.update({leaf.path: drawn[leaf.path] for leaf in fit.fresh})
     dtype = parameter_dtype_of(network.dtype)
-    # Copied: on a CPU JAX takes over the memory of a NumPy array that is aligned, and a torch network's is, which may go on to
-    # train. All at once: `jnp.array` compiles a program for every shape.
-    values = {path: np.array(x, dtype) for path, x in fit.values.items()}
-    return network, {"batch_stats": {}} | jax.device_put(unflatten_dict(values))
+    # Copied: on a CPU JAX shares the memory of a NumPy array that is aligned, as those of a torch network are, which may train
+    # on. Not by `jnp.array`, which compiles a program for every shape.
+    values = {path: jax.device_put(np.array(x, dtype, order="C")) for path, x in fit.values.items()}
+    return network, {"batch_stats": {}} | unflatten_dict(values)
 
 
 def state_dict(network: nn.Module, variables: Mapping[str, Any], scheme: str = "torchvision") -> dict[str, np.ndarray]:
@@ -96,7 +96,7 @@ def state_dict(network: nn.Module, variables: Mapping[str, Any], scheme: str = "
         if value is None or value.shape != leaf.shape:
             found = "missing" if value is None else f"of shape {value.shape}"
             raise UsageError(f"variables: {'/'.join(leaf.path)} is {found}; expected {leaf.shape}")
-        # Contiguous, for safetensors writes others in a wrong order; copied, for of what JAX holds NumPy has a view to read.
+        # Contiguous, because safetensors writes others in a wrong order; copied, because NumPy only views what JAX holds.
         tensors[key] = np.array(leaf.to_torch(np.asarray(value)), order="C")
         if leaf.path[-1] == "var":
             tensors[f"{key.rpartition('.')[0]}.{naming.COUNTER}"] = np.zeros((), np.int64)

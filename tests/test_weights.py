@@ -90,17 +90,16 @@ def test_memory_that_changes_later_changes_nothing_here():
     network, variables = network_of("resnet20_cifar")
     state = {key: aligned(x) for key, x in cnnfamily.state_dict(network, variables).items()}
     read = cnnfamily.load_pretrained(network, state)[1]
-    lenet5, images = create_model("lenet5"), jnp.ones((1, 32, 32, 1))
-    own = jax.tree.map(aligned, jax.device_get(initialize(lenet5, jax.random.key(0))))
-    infer = cnnfamily.optimize_for_inference(lenet5, own)
-    before = infer(images)
+    own, images = jax.tree.map(aligned, jax.device_get(initialize(network, jax.random.key(0)))), jnp.ones((1, 32, 32, 3))
+    infer = cnnfamily.optimize_for_inference(network, own)
+    before = np.array(infer(images))  # awaited
     for x in (*state.values(), *jax.tree.leaves(own)):
         x[...] = 7
     assert_equal(read, variables)
     np.testing.assert_array_equal(infer(images), before)
     given = cnnfamily.state_dict(network, read)
     for x in given.values():
-        x[...] = 7  # that of a torch network which takes over the memory and trains
+        x[...] = 7  # as a torch network that takes over the memory would, in training
     assert_equal(read, variables)
 
 
