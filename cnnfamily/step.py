@@ -179,7 +179,7 @@ def _accumulate(compute: Callable, zeros: Callable, batch: dict[str, jax.Array])
         total, outputs = None, []
         for i in range(batch["position"].shape[0]):
             part, output = compute(jax.tree.map(lambda x, i=i: x[i], batch))
-            total = add(total, part) if outputs else part  # here, so that no more than two gradients are kept
+            total = add(total, part) if outputs else part  # at once, so that no gradients wait
             outputs.append(output)
         return total, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 

@@ -16,7 +16,11 @@ from flax.errors import ScopeParamShapeError
 
 
 def parameter(module: nn.Module, name: str, init, shape: tuple[int, ...], dtype) -> jax.Array:
-    """`module.param`, computed at once if its key is known, also under `jax.eval_shape`; see `models.initialize`."""
+    """`module.param`, of `shape`, computed at once if its key is known, also under `jax.eval_shape`; see `models.initialize`.
+
+    Raises:
+      ScopeParamShapeError: the parameter is there and has another shape.
+    """
     if not module.has_variable("params", name):
         with jax.ensure_compile_time_eval():
             return module.param(name, init, shape, dtype)
