@@ -9,7 +9,8 @@
                  runlog.py, disk.py, nonfinite.py and progress.py serve it
     weights.py   published weights in and out; naming.py has torch's names, convert.py finds where two networks part
     sweep.py     runs the rows of a study.py, here or by slurm.py; report.py makes table and figures of them
-    benchmark.py speed, memory and where a step's time goes (profile_layers.py, ceilings.py); programs.py keeps compiled ones
+    benchmark.py speed, memory and where a step's time goes (profile_layers.py, ceilings.py); programs.py keeps compiled ones,
+                 untraced.py finds those of the command again without tracing
     inference.py a network as it infers fastest: fold.py takes batch norm out of it, models/onednn.py computes its convolutions;
                  models/onednn_forms.py those of training that asks for it
     evaluate.py  figures of a run; summary.py counts, published.py what papers print; scaling.py width, depth and resolution;
@@ -19,6 +20,9 @@ Imports run one way: models know nothing of training, and the step knows no disk
 """
 
 import importlib
+import time
+
+STARTED = time.time()  # before any other module of ours, and what they import: see untraced.py
 
 # Public name -> module. Resolved on first use: `import cnnfamily` stays quick, and `python -m cnnfamily.summary` does not find
 # its own module imported already.

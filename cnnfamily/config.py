@@ -117,7 +117,7 @@ def _get_config(file: Path, argument: str) -> ConfigDict:
     spec = importlib.util.spec_from_file_location(f"cnnfamily_config_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise UsageError(f"config file {file.name}: expected a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config(argument)

@@ -25,13 +25,18 @@ Evaluator = Callable[[dict, str], dict[str, float | int]]
 
 
 def make_evaluator(
-    network: nn.Module, test: feed.TestFeed, state: TrainState, stop: interrupt.StopRequest | None = None
+    network: nn.Module,
+    test: feed.TestFeed,
+    state: TrainState,
+    stop: interrupt.StopRequest | None = None,
+    compiled_by: Callable | None = None,
 ) -> Evaluator:
     """A function of (variables, prefix) that evaluates the test split: `{prefix}loss`, `top1`, `top5`, `ece`, `examples`,
     and `bad_images` if any were replaced.
 
     Every example is seen once on any number of devices; the count is checked. Compiled here, for variables like `state`'s.
     A signal that `stop` hears of ends an evaluation after the batch at hand, with {}: of a large split it takes a minute.
+    `compiled_by` as `untraced.Program.compiled`; JAX alone without.
     """
     stop = stop or interrupt.StopRequest()
     step = interrupt.agree(functools.partial(eval_step, network=network, view=test.view, mirrored=test.mirrored))
@@ -41,7 +46,8 @@ def make_evaluator(
     def batches() -> Iterator[dict[str, jax.Array]]:
         return (stop.add(batch, test.mesh, batch_axis=0) for batch in test.batches())
 
-    compiled = mapped.lower(variables, next(batches()), test.store).compile()
+    arguments = variables, next(batches()), test.store
+    compiled = compiled_by(mapped, *arguments).result() if compiled_by else mapped.lower(*arguments).compile()
 
     def evaluate(variables: dict, prefix: str) -> dict[str, float | int]:
         sums = []

@@ -49,7 +49,10 @@ def learning_rate_schedule(config: ConfigDict, *, total_steps: int, steps_per_ep
 
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)  # exact up to 16 million steps, and optax's schedules promote integers
-        return jnp.where(step < warmup, peak * step / max(warmup, 1), main(step - shift))
+        early = step < warmup
+        # As a sum, which XLA computes once, and not in the update of each parameter; see `finite` in step.py.
+        rates = jnp.stack([peak * step / max(warmup, 1), main(step - shift)])
+        return jnp.where(jnp.stack([early, ~early]), rates, 0.0).sum()
 
     return schedule
 

@@ -25,8 +25,10 @@ _PROBLEM = re.compile(r"Error (reading|writing) persistent compilation cache ent
 
 
 @contextlib.contextmanager
-def kept(config: ConfigDict | None = None) -> Iterator[None]:
-    """A context in which JAX reads compiled programs from a folder of the user's and writes new ones there.
+def kept(config: ConfigDict | None = None) -> Iterator[Path | None]:
+    """A context in which JAX reads compiled programs from a folder of the user's and writes new ones there: which is given.
+
+    It is None where they are not kept, or where the user has said.
 
     With `keep_programs` False in the config neither is done. What the user has set for JAX stays: a cache directory (in
     JAX_COMPILATION_CACHE_DIR or `jax.config`) is used as it is, and a cache that is turned off stays off. Afterwards the
@@ -35,16 +37,16 @@ def kept(config: ConfigDict | None = None) -> Iterator[None]:
     # Without a config it is for published weights; one of a run from before has no such key.
     if config is not None and not config.get("keep_programs", True):
         with not_kept():
-            yield
+            yield None
         return
     if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir or jax.__version_info__ < _QUIET:
-        yield
+        yield None
         return
     try:
         folder = _prepare()
     except (OSError, RuntimeError) as error:  # no home directory is a RuntimeError
         _warn(f"compiled programs are not kept: {errors.one_line(str(error))}")
-        yield
+        yield None
         return
     settings = {"jax_compilation_cache_dir": str(folder)}
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
@@ -52,7 +54,7 @@ def kept(config: ConfigDict | None = None) -> Iterator[None]:
         # time without a cache, 8.2 with JAX's threshold and 6.8 with none.
         settings["jax_persistent_cache_min_compile_time_secs"] = 0.0
     with _settings(settings), _one_line(folder):
-        yield
+        yield folder
 
 
 @contextlib.contextmanager

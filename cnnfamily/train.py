@@ -34,6 +34,7 @@ from cnnfamily import (
     processes,
     programs,
     runlog,
+    untraced,
 )
 from cnnfamily import config as configs
 from cnnfamily.data import feed
@@ -78,7 +79,16 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
 
     with contextlib.ExitStack() as stack:
         # Data and devices
-        stack.enter_context(programs.kept(config))
+        folder = stack.enter_context(programs.kept(config))
+        aside = stack.enter_context(ThreadPoolExecutor(2))  # XLA compiles and loads outside of Python, which is free meanwhile
+        by_onednn = config.get("onednn", False)  # then nothing can be kept
+
+        @functools.cache
+        def earlier(name):
+            return untraced.Program(None if by_onednn else folder, aside, name, configs.to_json(config))
+
+        for name in (feed.training_resolutions(config)[0.0], "evaluation"):  # read while data and state are made
+            earlier(name)
         loggers = boards.chosen(config)
         mesh = parallel.data_mesh()
         data = feed.load_data(config)
@@ -89,6 +99,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             raise errors.UsageError(
                 f"total_epochs={config.total_epochs}, total_steps={config.total_steps}: expected 1 step or more"
             )
+        given = data.fingerprint, data.mean, data.std, total_steps
         evaluate_every = max(1, round(config.evaluate.every_epochs * train.steps_per_epoch))
 
         # Network, optimizer, state, and the two programs
@@ -112,8 +123,6 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 aux_weight=config.aux_weight,
             )
 
-        aside = stack.enter_context(ThreadPoolExecutor(1))  # XLA compiles and loads outside of Python, which is free meanwhile
-
         @functools.cache  # one compilation a resolution
         def program(resolution):
             step_function = functools.partial(
@@ -124,9 +133,8 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
                 ema_warmup=config.ema.warmup,
             )
             update = parallel.map_over_devices(interrupt.agree(step_function), mesh, batch_axis=1, outputs=2, donate=True)
-            by_onednn = config.get("onednn", False)
             with programs.by_onednn("training") if by_onednn else contextlib.nullcontext():
-                compiled = aside.submit(update.lower(state, batch, train.store).compile)
+                compiled = earlier(resolution).compiled(update, state, batch, train.store, given=given)
                 if by_onednn:  # the cache is off for all threads: so this one waits
                     compiled.exception()
             return compiled
@@ -138,7 +146,9 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             first = program(train.resolution(first_step))
             if jax.process_count() > 1:  # their GPUs tell each other what they measure for a program: one after another
                 first.result()
-            evaluator = make_evaluator(network, test, state, stop)
+            evaluator = make_evaluator(
+                network, test, state, stop, functools.partial(earlier("evaluation").compiled, given=given)
+            )
             first.result()
 
         # Run directory: nothing is written before everything above has been accepted

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 import optax
+from flax import linen as nn
+from jax.stages import Compiled
 
 from cnnfamily import create_model, parallel
 from cnnfamily.models import initialize
@@ -29,18 +31,22 @@ NETWORKS = {
 DTYPES = ("float32", "bfloat16")
 
 
-def measure(name: str, dtype: str) -> dict[str, float]:
-    """Floating-point operations, bytes accessed and bytes of temporary memory of one step on one device."""
-    network = create_model(name, num_classes=10, dtype=dtype, **NETWORKS[name])
-    optimizer = optax.sgd(0.1, momentum=0.9)
+def compiled_step(network: nn.Module, optimizer: optax.GradientTransformation, *, side: int, channels: int = 3) -> Compiled:
+    """One step of `BATCH` images on one device."""
     objective = Objective(network.clone(axis_name="data"), lambda keys, images, store: images.astype(jnp.float32) / 255, 0)
-    state = jax.eval_shape(lambda: create_state(initialize(network, jax.random.key(0), resolution=SIDE), optimizer, ema=False))
+    state = jax.eval_shape(lambda: create_state(initialize(network, jax.random.key(0), resolution=side), optimizer, ema=False))
     rows = jax.ShapeDtypeStruct((1, BATCH), np.int32)
-    images = jax.ShapeDtypeStruct((1, BATCH, SIDE, SIDE, 3), np.uint8)
+    images = jax.ShapeDtypeStruct((1, BATCH, side, side, channels), np.uint8)
     batch = {"index": rows, "position": rows, "labels": rows, "images": images}
     step = functools.partial(train_step, objective=objective, optimizer=optimizer)
     mapped = parallel.map_over_devices(step, parallel.local_mesh(), batch_axis=1, outputs=2, donate=True)
-    compiled = mapped.lower(state, batch, {}).compile()
+    return mapped.lower(state, batch, {}).compile()
+
+
+def measure(name: str, dtype: str) -> dict[str, float]:
+    """Floating-point operations, bytes accessed and bytes of temporary memory of one step."""
+    network = create_model(name, num_classes=10, dtype=dtype, **NETWORKS[name])
+    compiled = compiled_step(network, optax.sgd(0.1, momentum=0.9), side=SIDE)
     counts = compiled.cost_analysis()
     memory = compiled.memory_analysis().temp_size_in_bytes
     return {"operations": counts["flops"], "bytes": counts["bytes accessed"], "temporary_bytes": memory}
