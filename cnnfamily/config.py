@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from cnnfamily import disk
 from cnnfamily.errors import UsageError, unknown
 from cnnfamily.models import model_config
 
@@ -114,7 +115,9 @@ def _get_config(file: Path, argument: str) -> ConfigDict:
     for root in (str(file.parent.parent), str(REPOSITORY)):
         if root not in sys.path:
             sys.path.insert(0, root)
-    spec = importlib.util.spec_from_file_location(f"cnnfamily_config_{file.stem}", file)
+    # Several may have one stem; among the modules, `untraced` sees which files there are.
+    name = f"cnnfamily_config_{file.stem}_{disk.digest(str(file))[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise UsageError(f"config file {file.name}: expected a Python file (.py)")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

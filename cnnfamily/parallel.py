@@ -37,7 +37,8 @@ def map_over_devices(step: Callable, mesh: Mesh, *, batch_axis: int, outputs: in
         out_specs=(whole,) * outputs if outputs > 1 else whole,
         check_vma=False,
     )
-    return jax.jit(mapped, donate_argnums=(0,) if donate else ())
+    # A program that is kept is told from others by its text, in which an argument that is left out has no name.
+    return jax.jit(mapped, donate_argnums=(0,) if donate else (), keep_unused=True)
 
 
 def place(arrays: dict[str, np.ndarray], mesh: Mesh, *, batch_axis: int | None) -> dict[str, jax.Array]:

@@ -1,21 +1,28 @@
-"""Compiled programs of an earlier start, found without tracing: by the config, and by the files of all code.
+"""Compiled programs of an earlier start, found without tracing: by the command, and by the files of all code.
 
 JAX finds a compiled program by what tracing and lowering make of the code; of EfficientNet-B0's step that takes as long as all
-the rest of a second start. So the command notes down beside a program which files the modules of its process were loaded
-from. While each of them has the size and the times of then, tracing would give the same again, and the program is read at
-once. One of the times is that of the last change of any kind (ctime), which no copying or unpacking sets back; Python itself
-asks for less before it runs what it has once compiled of a file.
+the rest of a second start. So the command notes down beside a program which files the modules of its process came from. A
+later one with the same arguments, config, settings and modules reads the program at once, if each file has the size and times
+of then. One of these times is that of the last change of any kind (ctime), which no copying or unpacking sets back; Python
+itself asks for less before it runs what it has once compiled of a file.
+
+What nobody sees is what code in a config reads besides, if it changes how a step is traced: environment variables (other than
+XLA's, JAX's and Flax's) and files of its own. `--config.keep_programs=False` traces whatever there is. A program that JAX's
+cache has of a notebook, or of an evaluation alone, is traced at every start.
 
 In the command alone, for in a notebook functions may have been replaced; in one process; on a CPU, for on others it was not
 tried. Everything else is compiled as ever.
 """
 
+import contextlib
 import json
 import os
 import pickle
 import sys
 import threading
+import uuid
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
@@ -29,21 +36,25 @@ import cnnfamily
 from cnnfamily import disk, errors
 
 _COMMAND = "cnnfamily.train"
-_GRAIN = 0.1  # seconds: the clock of a file system is behind by up to a hundredth
-_ENVIRONMENT = ("XLA_", "JAX_")
+_GRAIN = 0.1  # seconds: the clock of a local file system is behind by up to a hundredth
+_ENVIRONMENT = ("XLA_", "JAX_", "FLAX_")
 
 
 class Program:
     """One program of a run, which an earlier start may have left in `folder` (None: nothing is read or kept).
 
-    `name` tells it from all others, and what is found under it is read in `aside` from now on. `given` is what else it depends
-    on besides code, settings and the shapes of its arguments. Both by their `repr`.
+    `name` tells it from the command's others, and what is found under it is read in `aside` from now on. `given` is what it
+    depends on besides code, settings and the shapes of its arguments. Both by their `repr`.
     """
 
     def __init__(self, folder: Path | None, aside: Executor, *name: object):
         self._aside, self._folder = aside, folder if _is_command() else None
         if self._folder:
-            self._record = self._folder / f"{disk.digest(repr((name, _settings())))}.files"
+            loaded = _loaded()
+            self._states = _states(loaded)
+            arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--workdir=")]
+            named = name, arguments, sorted(loaded), _settings()
+            self._record = self._folder / f"{disk.digest(repr(named))}.files"
             self._found = aside.submit(self._find)
 
     def compiled(self, jitted: Wrapped, *arguments: Any, given: object = None) -> Future[Compiled]:
@@ -60,10 +71,9 @@ class Program:
     def _find(self) -> tuple[str, Compiled | None]:
         try:
             record = json.loads(self._record.read_text())
-            files = record["files"]
-            if _loaded() <= files.keys() and all(_state(file) == state for file, state in files.items()):
+            if record["files"] == _states(record["files"]):
                 return record["given"], _read(self._folder / record["program"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, a file that is gone, a damaged record
+        except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
             pass
         return "", None
 
@@ -71,19 +81,18 @@ class Program:
         """Compiles, unless an earlier start has compiled the same of other code; and keeps that, and of what files it is."""
         versions = jax.__version__, jaxlib.version.__version__
         program = self._folder / f"{disk.digest(repr((lowered.as_text(), versions, _settings())))}.program"
-        compiled = _read(program)
+        compiled, data = _read(program), b""
+        if not compiled or not _takes(compiled, arguments):
+            compiled, fresh = _compile(lowered)
+            data = _packed(compiled) if fresh else b""
+            if not data:
+                return compiled
+        states = _states(_loaded())
         try:
-            if not compiled or not _takes(compiled, arguments) or compiled.out_tree != lowered.out_tree:
-                compiled, fresh = _compile(lowered)
-                if not fresh:  # what jaxlib has read from JAX's cache it writes incomplete: "Function not found" when it runs
-                    return compiled
-                devices = [device.id for device in compiled.runtime_executable().local_devices()]
-                # The first level of compression: 0.3 s for 2.4 MB of 12, EfficientNet-B0's step on two Zen 3 cores.
-                _write(program, zlib.compress(pickle.dumps((serialize_executable.serialize(compiled), devices)), 1))
-            files = {file: _state(file) for file in _loaded()}
-            # One that has changed since this process began may not be what was loaded.
-            if max(max(times) for _, *times in files.values()) < (cnnfamily.STARTED - _GRAIN) * 1e9:
-                _write(self._record, json.dumps({"files": files, "program": program.name, "given": given}).encode())
+            if data:
+                _write(program, data)
+            if _are_old(states) and _states(self._states) == self._states:
+                _write(self._record, json.dumps({"files": states, "program": program.name, "given": given}).encode())
         except OSError as error:
             errors.warn(f"warning: {self._folder}: a compiled program is not kept: {disk.reason(error)}")
         return compiled
@@ -104,13 +113,28 @@ def _settings() -> tuple:
 def _loaded() -> set[str]:
     """The files that the modules of this process come from."""
     files = {getattr(module, "__dict__", {}).get("__file__") for module in list(sys.modules.values())}
-    return {file for file in files if file}
+    return {str(file) for file in files if file}
 
 
-def _state(file: str) -> list[int]:
-    """Size in bytes and, in nanoseconds, the times of the last writing and the last change of any kind."""
-    stat = os.stat(file)
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+def _states(files: Iterable[str]) -> dict[str, list[int] | None]:
+    """Of each file the size in bytes and, in nanoseconds, the times of the last writing and of the last change of any kind.
+
+    None of what is no file, or no more.
+    """
+    states = {}
+    for file in files:
+        try:
+            stat = os.stat(file)
+            states[file] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        except (OSError, ValueError):
+            states[file] = None
+    return states
+
+
+def _are_old(states: dict[str, list[int] | None]) -> bool:
+    """Whether all are files, and from before this process began: another may not be what was loaded."""
+    began = (cnnfamily.STARTED - _GRAIN) * 1e9
+    return all(state and max(state[1:]) < began for state in states.values())
 
 
 def _takes(compiled: Compiled, arguments: tuple) -> bool:
@@ -121,7 +145,10 @@ def _takes(compiled: Compiled, arguments: tuple) -> bool:
 
 
 def _compile(lowered: Lowered) -> tuple[Compiled, bool]:
-    """The compiled program, and whether it was compiled here and not read from JAX's cache."""
+    """The compiled program, and whether it was compiled here and not read from JAX's cache.
+
+    What jaxlib 0.10 has read it writes incomplete: "Function not found" when that runs.
+    """
     here, hits = threading.get_ident(), []
 
     def listen(event: str, **_: Any) -> None:
@@ -135,6 +162,16 @@ def _compile(lowered: Lowered) -> tuple[Compiled, bool]:
         jax.monitoring.unregister_event_listener(listen)
 
 
+def _packed(compiled: Compiled) -> bytes:
+    """What `_read` takes; nothing of a program that calls back to Python, or whose trees have a type from inside a function."""
+    try:
+        devices = [device.id for device in compiled.runtime_executable().local_devices()]
+        data = pickle.dumps((serialize_executable.serialize(compiled), devices))
+    except Exception:  # each of these has another
+        return b""
+    return zlib.compress(data, 1)  # the first level: 0.1 s for 2.2 MB of 12, EfficientNet-B0's step on two Zen 3 cores
+
+
 def _read(program: Path) -> Compiled | None:
     """The program in a file, None if there is none; one that cannot be read costs a line, and is deleted."""
     try:
@@ -145,10 +182,18 @@ def _read(program: Path) -> Compiled | None:
         return None
     except Exception as error:  # of zlib, of pickle, of jaxlib: whatever a damaged file leads to
         errors.warn(f"warning: {program} cannot be read and is compiled anew: {errors.one_line(str(error))[:200]}")
-        program.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            program.unlink()
         return None
 
 
 def _write(path: Path, data: bytes) -> None:
-    with disk.replacing(path) as partial:
+    """Whole or not at all, also where several processes write the same."""
+    partial = path.with_name(f"{uuid.uuid4().hex}.partial")
+    try:
         partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
