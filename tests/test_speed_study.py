@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 
 import cnnfamily
-from cnnfamily import programs
-from cnnfamily.models import googlenet, onednn
+from cnnfamily.models import googlenet
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments" / "speed"))
 import compare
 import determinism
-import kernel_gradient
 import optimized
 import plain
 import side
@@ -340,13 +338,3 @@ def test_optimized_inference_beside_the_folded_network(monkeypatch, tmp_path, ca
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[:5] == ["lenet5", "float32", "4 (2 to 5)", "8 (5 to 10)", "2.00 (1.00 to 4.00)"]
     assert float(cells[5]) < 1e-5
-
-
-@pytest.mark.parametrize("form", [kernel_gradient.as_it_is, kernel_gradient.turned, *map(kernel_gradient.in_parts, (4, 2))])
-def test_every_form_of_a_kernel_s_gradient_is_the_sum_over_the_pixels(form):
-    if missing := onednn.missing("float32"):
-        pytest.skip(f"oneDNN: {missing}")
-    images, cotangent = (np.random.default_rng(n).normal(size=(4, 5, 5, n)).astype(np.float32) for n in (3, 7))
-    with programs.not_kept():
-        found = jax.jit(form)(images, cotangent)
-    np.testing.assert_allclose(found, np.einsum("nhwi,nhwo->io", images, cotangent), rtol=1e-5, atol=1e-5)
