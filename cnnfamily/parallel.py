@@ -37,7 +37,7 @@ def map_over_devices(step: Callable, mesh: Mesh, *, batch_axis: int, outputs: in
         out_specs=(whole,) * outputs if outputs > 1 else whole,
         check_vma=False,
     )
-    # A program that is kept is told from others by its text, in which an argument that is left out has no name.
+    # Unused arguments too: `untraced` tells a program from others by its text, which does not say what JAX left out.
     return jax.jit(mapped, donate_argnums=(0,) if donate else (), keep_unused=True)
 
 

@@ -3,8 +3,8 @@
 JAX finds a compiled program by what tracing and lowering make of the code; of EfficientNet-B0's step that takes as long as all
 the rest of a second start. So the command notes down beside a program which files the modules of its process came from. A
 later one with the same arguments, config, settings and modules reads the program at once, if each file has the size and times
-of then. One of these times is that of the last change of any kind (ctime), which no copying or unpacking sets back; Python
-itself asks for less before it runs what it has once compiled of a file.
+of then. One of these times is, but on Windows, that of the last change of any kind (ctime), which copying and unpacking do not
+set back; Python itself asks for less before it runs what it has once compiled of a file.
 
 What nobody sees is what code in a config reads besides, if it changes how a step is traced: environment variables (other than
 XLA's, JAX's and Flax's) and files of its own. `--config.keep_programs=False` traces whatever there is. A program that JAX's
@@ -20,7 +20,6 @@ import os
 import pickle
 import sys
 import threading
-import uuid
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import Executor, Future
@@ -66,7 +65,7 @@ class Program:
             future = Future()
             future.set_result(found)
             return future
-        return self._aside.submit(self._compile, jitted.lower(*arguments), arguments, repr(given))
+        return self._aside.submit(self._compile_and_keep, jitted.lower(*arguments), arguments, repr(given))
 
     def _find(self) -> tuple[str, Compiled | None]:
         try:
@@ -77,7 +76,7 @@ class Program:
             pass
         return "", None
 
-    def _compile(self, lowered: Lowered, arguments: tuple, given: str) -> Compiled:
+    def _compile_and_keep(self, lowered: Lowered, arguments: tuple, given: str) -> Compiled:
         """Compiles, unless an earlier start has compiled the same of other code; and keeps that, and of what files it is."""
         versions = jax.__version__, jaxlib.version.__version__
         program = self._folder / f"{disk.digest(repr((lowered.as_text(), versions, _settings())))}.program"
@@ -90,9 +89,10 @@ class Program:
         states = _states(_loaded())
         try:
             if data:
-                _write(program, data)
+                with disk.replacing(program) as partial:
+                    partial.write_bytes(data)
             if _are_old(states) and _states(self._states) == self._states:
-                _write(self._record, json.dumps({"files": states, "program": program.name, "given": given}).encode())
+                disk.write_whole(self._record, json.dumps({"files": states, "program": program.name, "given": given}))
         except OSError as error:
             errors.warn(f"warning: {self._folder}: a compiled program is not kept: {disk.reason(error)}")
         return compiled
@@ -185,15 +185,3 @@ def _read(program: Path) -> Compiled | None:
         with contextlib.suppress(OSError):
             program.unlink()
         return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all, also where several processes write the same."""
-    partial = path.with_name(f"{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise

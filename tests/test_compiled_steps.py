@@ -30,7 +30,7 @@ def test_operations_bytes_and_memory_of_a_step(name, dtype):
     assert found == pytest.approx(expected, rel=MARGIN)
 
 
-def test_what_all_parameters_have_in_common_is_computed_once():
+def test_what_all_parameters_have_in_common_is_computed_once(on_cpu):
     """The learning rate, and whether loss and gradient are finite; as scalars they are computed anew for each parameter."""
     config = configs.load_config("configs/lenet5_digits.py", {"optim.schedule": "cosine", "optim.name": "adamw"}).optim
     schedule = optim.learning_rate_schedule(config, total_steps=100, steps_per_epoch=10, batch_size=8)

@@ -18,7 +18,10 @@ from cnnfamily import programs, runlog, untraced
 from cnnfamily.config import load_config
 from cnnfamily.parallel import local_mesh, map_over_devices
 
-pytestmark = pytest.mark.skipif(jax.__version_info__ < programs._QUIET, reason="programs are not kept with this JAX")
+pytestmark = [
+    pytest.mark.skipif(jax.__version_info__ < programs._QUIET, reason="programs are not kept with this JAX"),
+    pytest.mark.usefixtures("on_cpu"),
+]
 # A user's config that changes code of ours; the targets of the loss are made where a step is traced and nowhere else.
 CONFIG = """
 from cnnfamily import losses
@@ -232,10 +235,10 @@ def test_a_damaged_record_is_traced_anew(start_here, text):
 
 
 def test_a_full_disk_costs_a_line(start_here, monkeypatch, capsys):
-    def refuse(path, data):
+    def refuse(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(untraced, "_write", refuse)
+    monkeypatch.setattr(untraced.disk, "replacing", refuse)
     assert start_here() == (1, 0, 0)
     said = capsys.readouterr().err
     assert said == f"warning: {start_here.folder}: a compiled program is not kept: No space left on device\n"
