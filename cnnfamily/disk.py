@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,8 +48,8 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which then takes the place of `path`; several processes and threads may do so at once."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    """A file to write, which then takes the place of `path`."""
+    partial = path.with_name(path.name + ".partial")
     try:
         yield partial
         os.replace(partial, path)

@@ -20,6 +20,7 @@ import os
 import pickle
 import sys
 import threading
+import uuid
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import Executor, Future
@@ -89,10 +90,9 @@ class Program:
         states = _states(_loaded())
         try:
             if data:
-                with disk.replacing(program) as partial:
-                    partial.write_bytes(data)
+                _write(program, data)
             if _are_old(states) and _states(self._states) == self._states:
-                disk.write_whole(self._record, json.dumps({"files": states, "program": program.name, "given": given}))
+                _write(self._record, json.dumps({"files": states, "program": program.name, "given": given}).encode())
         except OSError as error:
             errors.warn(f"warning: {self._folder}: a compiled program is not kept: {disk.reason(error)}")
         return compiled
@@ -185,3 +185,15 @@ def _read(program: Path) -> Compiled | None:
         with contextlib.suppress(OSError):
             program.unlink()
         return None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Whole or not at all, also where several processes write the same, which `disk.replacing` is not for."""
+    partial = path.with_name(f"{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise

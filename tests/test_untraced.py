@@ -235,10 +235,10 @@ def test_a_damaged_record_is_traced_anew(start_here, text):
 
 
 def test_a_full_disk_costs_a_line(start_here, monkeypatch, capsys):
-    def refuse(path):
+    def refuse(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(untraced.disk, "replacing", refuse)
+    monkeypatch.setattr(untraced, "_write", refuse)
     assert start_here() == (1, 0, 0)
     said = capsys.readouterr().err
     assert said == f"warning: {start_here.folder}: a compiled program is not kept: No space left on device\n"
