@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -186,6 +187,28 @@ def test_results_of_another_machine_are_refused(tmp_path):
     for part, changed in (("versions", {"jax": "0.12"}), ("machine", {"cores": 4})):
         with pytest.raises(SystemExit, match="another machine or other versions"):
             compare.load(file, where | {part: where[part] | changed})
+
+
+def test_its_own_results_do_not_make_a_commit_dirty(tmp_path, monkeypatch):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=n", "-c", "user.email=e", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    code, results = tmp_path / "code.py", tmp_path / "study/results/cpu.json"
+    results.parent.mkdir(parents=True)
+    git("init")
+    monkeypatch.setenv("CNNFAMILY_COMMIT", "of a copy")
+    assert compare.commit(results.parents[1]) == "of a copy"
+    for file in (code, results):
+        file.write_text("1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    head = git("rev-parse", "--short=12", "HEAD")
+    results.write_text("2")
+    (tmp_path / "notes").write_text("of nobody's")
+    assert compare.commit(results.parents[1]) == head
+    code.write_text("2")
+    assert compare.commit(results.parents[1]) == f"{head}-dirty"
 
 
 class Fake:

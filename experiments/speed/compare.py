@@ -223,11 +223,17 @@ def sides_to_measure(rows: list[dict], job: dict, sides: list[str], rounds: int)
     return [side for side in SIDES if side in sides]
 
 
-def commit() -> str:
-    command, found = ["git", "describe", "--always", "--dirty", "--abbrev=12"], ""
+def commit(folder: Path = HERE) -> str:
+    """HEAD, and "-dirty" if a tracked file differs from it, but for the results, which a run before has written."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+
     with contextlib.suppress(OSError):  # no git
-        found = subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    return found or os.environ.get("CNNFAMILY_COMMIT", "unknown")  # of a copy without its history, who copied it knows
+        if found := git("rev-parse", "--short=12", "HEAD").stdout.strip():
+            differs = git("diff", "--quiet", "HEAD", "--", ":/", ":(exclude)results").returncode
+            return f"{found}-dirty" if differs else found
+    return os.environ.get("CNNFAMILY_COMMIT", "unknown")  # of a copy without its history, who copied it knows
 
 
 def command_line(arguments: list[str]) -> str:
