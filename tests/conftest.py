@@ -47,16 +47,15 @@ MODULES += " vgg weights"
 UNOPTIMISED = {f"test_{name}" for name in MODULES.split()}
 # The same for processes of their own, where all that are compared have it.
 QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-_unoptimised = False
 
 
-@pytest.fixture(autouse=True)
-def compiles_quickly(request):
-    global _unoptimised
-    if _unoptimised != (wanted := request.module.__name__.split(".")[-1] in UNOPTIMISED):
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before the fixtures, of which one of a module comes before all of a function: it has to compile as its tests do."""
+    unoptimised = item.module.__name__.split(".")[-1] in UNOPTIMISED
+    if unoptimised != jax.config.values["jax_disable_most_optimizations"]:
         jax.clear_caches()  # no program of the one kind in a test of the other, whatever ran before
-        jax.config.update("jax_disable_most_optimizations", wanted)
-        _unoptimised = wanted
+        jax.config.update("jax_disable_most_optimizations", unoptimised)
 
 
 def mesh_of(devices: int) -> Mesh:
@@ -102,6 +101,7 @@ def dies_at_3(monkeypatch):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A finished run of `short_config` with averaged weights, which tests read and do not change: (workdir, result)."""
+    assert not jax.config.values["jax_disable_most_optimizations"], "the modules that compare with it have optimisations"
     ours = tmp_path_factory.getbasetemp()
     shared = ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours
     with open(shared / "finished.lock", "w") as lock:
