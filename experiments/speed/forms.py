@@ -1,5 +1,7 @@
 """Milliseconds of every form of a convolution in `cpu_forms.py` and `cpu_depthwise.py`, beside the plain one and others.
 
+Of the gradient of a dense kernel also by oneDNN, as training has it and otherwise, where it can be called.
+
 `python experiments/speed/forms.py [PATTERN]` on a CPU with nothing else running; PATTERN is part of a row's name. Each
 product of each shape runs in all its forms in turn, after one call that compiles it. Prints a Markdown table.
 """
@@ -13,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cnnfamily import memory
-from cnnfamily.models import convolution, cpu_depthwise, cpu_forms
+from cnnfamily import memory, programs
+from cnnfamily.models import convolution, cpu_depthwise, cpu_forms, onednn, onednn_forms
 from cnnfamily.models.geometry import Geometry, pad, seen_by_taps
 
 BATCH, ROUNDS = 16, 7
@@ -57,6 +59,17 @@ def kernel_by_rows(images: Array, cotangent: Array, geometry: Geometry) -> Array
     return jnp.stack([product(row, flat(cotangent), (0,)) for row in rows]).astype(images.dtype)
 
 
+def kernel_exchanged(images: Array, cotangent: Array, geometry: Geometry) -> Array:
+    """oneDNN's convolution with the cotangent for a kernel, channels for the batch, and the batch for channels."""
+
+    def turned(x: Array, *axes: int) -> Array:
+        return onednn_forms._of_bits(onednn_forms._bits(x).transpose(axes), x.dtype)
+
+    back = Geometry(geometry.image_size, geometry.output_size, (1, 1), geometry.padding, 1)
+    found = onednn.convolution(turned(images, 3, 1, 2, 0), turned(cotangent, 1, 2, 0, 3), back, images.dtype)
+    return found.transpose(1, 2, 0, 3)
+
+
 def taps(images: Array, cotangent: Array, geometry: Geometry, one: Callable) -> Array:
     return jnp.stack([one(window) for window in all_seen(images, geometry)]).astype(images.dtype)
 
@@ -65,7 +78,7 @@ def all_seen(images: Array, geometry: Geometry) -> list[Array]:
     return seen_by_taps(pad(images, geometry.padding), geometry.kernel_size, geometry.stride, geometry.output_size)
 
 
-def forms(kind: str, which: str, channels: int) -> dict[str, Callable]:
+def forms(kind: str, which: str, channels: int, stride: int, dtype: str) -> dict[str, Callable]:
     """By name; "ours" is what a CPU gets if `convolution` gives the shape this kind, of a dense one a product for each tap."""
     prefix = {"dense": "by_taps"}.get(kind, kind)
     ours = cpu_depthwise if kind == "depthwise" else cpu_forms
@@ -77,6 +90,9 @@ def forms(kind: str, which: str, channels: int) -> dict[str, Callable]:
         found |= {"by rows": kernel_by_rows, "by images": cpu_forms.by_images_to_kernel} if which == "to_kernel" else {}
         if channels <= cpu_forms.MOST_FEW and which != "to_images":
             found["patches"] = getattr(cpu_forms, f"patches_{which}")
+        if which == "to_kernel" and not onednn.missing(dtype):
+            found["oneDNN"] = onednn_forms.to_kernel
+            found |= {"oneDNN exchanged": kernel_exchanged} if stride == 1 else {}
     return found
 
 
@@ -116,7 +132,7 @@ def main(pattern: str) -> None:
             for which, (left, right) in operands.items():
                 name = f"{kind} {which} {dtype} {side}x{side}, {channels} to {filters}, {size}x{size}, stride {stride}"
                 if pattern in name:
-                    found = measure(forms(kind, which, channels), left, right, geometry)
+                    found = measure(forms(kind, which, channels, stride, dtype), left, right, geometry)
                     least = min(found.values())
                     shown = {one: f"{'**' * (ms == least)}{ms:.2f}{'**' * (ms == least)}" for one, ms in found.items()}
                     others = ", ".join(f"{one} {ms}" for one, ms in shown.items() if one not in ("plain", "ours"))
@@ -126,4 +142,5 @@ def main(pattern: str) -> None:
 
 if __name__ == "__main__":
     memory.tune_malloc()
-    main(" ".join(sys.argv[1:]))
+    with programs.not_kept():  # a program on disk cannot hold calls of oneDNN
+        main(" ".join(sys.argv[1:]))
