@@ -47,7 +47,7 @@ MODULES += " onednn onednn_forms optim photographs policies pooling preview resn
 MODULES += " vgg weights"
 UNOPTIMISED = {f"test_{name}" for name in MODULES.split()}
 # The same for processes of their own, where all that are compared have it.
-QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+UNOPTIMISED_PROCESS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 @pytest.hookimpl(tryfirst=True)

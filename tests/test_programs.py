@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from conftest import QUICKLY
+from conftest import UNOPTIMISED_PROCESS
 
 from cnnfamily import config as configs
 from cnnfamily import programs, runlog, train
@@ -38,7 +38,7 @@ print(json.dumps([inside.get(f"/jax/compilation_cache/cache_{name}", 0) for name
 
 def start(tmp_path, name, **overrides):
     """A run in a process of its own, whose user has the cache directory: (hits, misses), standard error, its log."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")} | QUICKLY
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")} | UNOPTIMISED_PROCESS
     command = [sys.executable, "-c", CODE, SMOKE, str(tmp_path / name), json.dumps(overrides)]
     done = subprocess.run(command, capture_output=True, text=True, env=clean | {"XDG_CACHE_HOME": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr

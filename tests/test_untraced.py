@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICKLY
+from conftest import UNOPTIMISED_PROCESS
 
 import cnnfamily
 from cnnfamily import programs, runlog, untraced
@@ -41,7 +41,7 @@ def get_config(arg):
 
 def start(tmp_path, name, *options):
     """How often the command traced a step, and its log."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")} | QUICKLY
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")} | UNOPTIMISED_PROCESS
     command = [sys.executable, "-m", "cnnfamily.train", f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / name}"]
     environment = clean | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
