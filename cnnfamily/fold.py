@@ -1,11 +1,11 @@
 """Batch norm folded into the convolutions before it, for inference: fewer passes over the maps, and the same function."""
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cnnfamily.errors import UsageError
+from cnnfamily.models import variable_shapes
 from cnnfamily.models.batch_norm import BatchNorm
 from cnnfamily.models.layers import Conv
 
@@ -29,21 +29,17 @@ def fold_batch_norm(network: nn.Module, variables: dict) -> tuple[nn.Module, dic
     folded = network.clone(**{name: value for name, value in absent.items() if hasattr(network, name)})
     params = flatten_dict(variables["params"])
     stats = flatten_dict(variables["batch_stats"])
-    for norm, (conv, epsilon) in _convolution_of_each_norm(network, variables).items():
+    for norm, (conv, epsilon) in _convolution_of_each_norm(network).items():
         factor = params.pop((*norm, "scale")) / jnp.sqrt(stats[(*norm, "var")] + epsilon)
         params[(*conv, "kernel")] *= factor
         bias = params.get((*conv, "bias"), 0.0) - stats[(*norm, "mean")]
         params[(*conv, "bias")] = params.pop((*norm, "bias")) + bias * factor
-    wanted = flatten_dict(jax.eval_shape(folded.init, jax.eval_shape(lambda: jax.random.key(0)), _image(network))["params"])
+    wanted = flatten_dict(variable_shapes(folded)["params"])
     found = {path: params[path] if path in params else jnp.zeros(shape.shape, shape.dtype) for path, shape in wanted.items()}
     return folded, {"params": unflatten_dict(found), "batch_stats": {}}
 
 
-def _image(network: nn.Module) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, network.resolution, network.resolution, network.in_channels), jnp.float32)
-
-
-def _convolution_of_each_norm(network: nn.Module, variables: dict) -> dict[Path, tuple[Path, float]]:
+def _convolution_of_each_norm(network: nn.Module) -> dict[Path, tuple[Path, float]]:
     """For the path of each norm that of the convolution whose output it sees, and its epsilon, from an abstract evaluation."""
     made, found = {}, {}
 
@@ -59,5 +55,5 @@ def _convolution_of_each_norm(network: nn.Module, variables: dict) -> dict[Path,
         return output
 
     with nn.intercept_methods(record):
-        jax.eval_shape(network.apply, variables, _image(network))
+        variable_shapes(network)
     return found

@@ -14,15 +14,23 @@ import functools
 import re
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from cnnfamily import keras_files
 from cnnfamily.errors import UsageError
-from cnnfamily.models import alexnet, efficientnet, googlenet, mobilenet_v1, mobilenet_v2, mobilenet_v3, resnet, vgg
+from cnnfamily.models import (
+    alexnet,
+    efficientnet,
+    googlenet,
+    mobilenet_v1,
+    mobilenet_v2,
+    mobilenet_v3,
+    resnet,
+    variable_shapes,
+    vgg,
+)
 from cnnfamily.scaling import round_filters, round_repeats
 
 SCHEMES = ("torchvision", "timm")  # to write and compare
@@ -122,9 +130,8 @@ def _shapes(network: nn.Module) -> tuple[dict[tuple[str, ...], tuple[int, ...]],
         return output
 
     with nn.intercept_methods(record):
-        image = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, network.in_channels), jnp.float32)
-        variables = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)
-    kept = {name: variables[name] for name in ("params", "batch_stats") if name in variables}
+        variables = variable_shapes(network)
+    kept = {name: variables[name] for name in ("params", "batch_stats")}
     return {path: tuple(leaf.shape) for path, leaf in flatten_dict(kept).items()}, [path for path in paths if path]
 
 

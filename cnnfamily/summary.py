@@ -12,12 +12,11 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from cnnfamily import errors
-from cnnfamily.models import create_model, list_models
+from cnnfamily.models import create_model, list_models, variable_shapes
 from cnnfamily.published import FIELDS, NOTHING, PUBLISHED
 
 
@@ -62,13 +61,12 @@ def summarize(network: str | nn.Module, *, resolution: int | None = None) -> Sum
         return output
 
     with nn.intercept_methods(record):
-        image = jax.ShapeDtypeStruct((1, resolution, resolution, network.in_channels), jnp.float32)
-        variables = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)
+        variables = variable_shapes(network, resolution=resolution)
     owned = {}
     for path, value in flatten_dict(variables["params"]).items():
         owned.setdefault(path[:-1], {})[path[-1]] = math.prod(value.shape)
     # A kernel that is measured and not trained is no parameter, but multiplies as others do.
-    stats = flatten_dict(variables.get("batch_stats", {}))
+    stats = flatten_dict(variables["batch_stats"])
     measured = {path[:-1]: math.prod(value.shape) for path, value in stats.items() if path[-1] == "kernel"}
     layers = []
     for path, (kind, output) in modules.items():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import cnnfamily
+from cnnfamily import models
 from cnnfamily.models import googlenet
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments" / "speed"))
@@ -64,7 +65,7 @@ def test_a_function_that_differs_is_seen(monkeypatch):
 def test_nothing_of_our_layers_is_left_in_the_plain_form(name):
     network = cnnfamily.create_model(name, **FAMILIES[name])
     images = np.zeros((1, 64, 64, 3), np.float32)
-    variables = plain.tree(network, 64)
+    variables = models.variable_shapes(network, resolution=64)
 
     def program() -> str:
         return str(jax.make_jaxpr(lambda *given: network.apply(*given))(variables, images))

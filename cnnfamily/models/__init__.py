@@ -22,6 +22,7 @@ from cnnfamily.models import (
     resnet,
     vgg,
 )
+from cnnfamily.models.initializers import shapes_alone
 from cnnfamily.models.layers import parameter_dtype_of
 
 # name -> (module class, the fields in which this variant differs from the class's defaults)
@@ -104,10 +105,7 @@ def initialize(network: nn.Module, key: jax.Array, *, resolution: int = 0) -> di
 
     The values of `network.init(key, images)`, without computing the forward pass; see `initializers`.
     """
-    resolution = resolution or network.resolution
-    shape = (1, resolution, resolution, network.in_channels)
-    images = jax.ShapeDtypeStruct(shape, parameter_dtype_of(network.dtype))
-    variables = {"batch_stats": {}}
+    images, variables = _image(network, resolution), {"batch_stats": {}}
 
     def keep_variables(images):
         variables.update(network.init(key, images))  # known values, not tracers: the key is known and layers use `parameter`
@@ -118,10 +116,25 @@ def initialize(network: nn.Module, key: jax.Array, *, resolution: int = 0) -> di
     return jax.device_put(variables)  # `jnp.asarray` would compile a program for every shape (0.9 s for B0, Zen 3)
 
 
-def check_resolution(network: nn.Module, resolution: int) -> None:
-    """Raises the `UsageError` with which a network refuses images of `resolution` pixels square, if so; by shapes alone."""
-    images = jax.ShapeDtypeStruct((1, resolution, resolution, network.in_channels), parameter_dtype_of(network.dtype))
-    jax.eval_shape(network.init, jax.random.key(0), images)
+def variable_shapes(network: nn.Module, *, resolution: int = 0) -> dict:
+    """What `initialize` gives, as `jax.ShapeDtypeStruct`s: nothing is computed or drawn.
+
+    Raises:
+      UsageError: the network refuses images of `resolution` pixels square (0: its own).
+    """
+
+    def init(key, image):
+        with shapes_alone():
+            return network.init(key, image)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return {"batch_stats": {}, **jax.eval_shape(init, key, _image(network, resolution))}
+
+
+def _image(network: nn.Module, resolution: int) -> jax.ShapeDtypeStruct:
+    resolution = resolution or network.resolution
+    dtype = parameter_dtype_of(getattr(network, "dtype", "float32"))
+    return jax.ShapeDtypeStruct((1, resolution, resolution, network.in_channels), dtype)
 
 
 def _frozen(value: Any) -> Any:

@@ -29,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from cnnfamily.models import cpu_depthwise, onednn_forms
 from cnnfamily.models import cpu_forms as cpu
 from cnnfamily.models.geometry import NHWC, Geometry, Pair, sum_dtype
+from cnnfamily.models.initializers import SHAPES_ALONE
 
 KEPT = "convolution"  # under this name a policy of `jax.checkpoint` finds every output
 # (product, kind): its form on every other platform in place of the plain one, for experiments/speed/candidates.py to measure.
@@ -68,7 +69,8 @@ def convolution(
     kernel = kernel[rows, columns]
     geometry = Geometry(images.shape[1:3], kernel.shape[:2], tuple(stride), (padding_rows, padding_columns), groups)
     kind, rounded = _kind(images, kernel, geometry), rounded or sum_dtype(images) == images.dtype
-    if min(geometry.output_size) <= 0 or (kind == "plain" and rounded and not _IN_A_BRANCH.get()):
+    plain = kind == "plain" and rounded and not _IN_A_BRANCH.get()
+    if min(geometry.output_size) <= 0 or plain or SHAPES_ALONE.get():
         output = _plain_output(images, kernel, geometry).astype(images.dtype if rounded else sum_dtype(images))
     else:
         output = _output(*_vary_alike(images, kernel), geometry._replace(kind=kind, rounded=rounded))
@@ -151,13 +153,19 @@ def _live_taps(size: int, taps: int, stride: int, padding: Pair) -> tuple[slice,
 def _vary_alike(images: Array, kernel: Array) -> tuple[Array, Array]:
     """Casts both to vary over the same manual axes, without which `shard_map(check_vma=True)` refuses the gradients.
 
-    A product with the other's 1 does so by public means on every JAX version, and XLA folds it.
+    A product with the other's 1 does so by public means on every JAX version, and XLA folds it. Traced it is not for nothing:
+    where both vary alike, which is everywhere else, it is left out.
     """
+
+    def varying(x):
+        return getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", None)
 
     def one_of(x, dtype):
         # Of an array that is not traced, ones_like would take over the sharding, which a scalar cannot have.
         return jnp.ones_like(x, dtype, ()) if isinstance(x, jax.core.Tracer) else jnp.ones((), dtype)
 
+    if varying(images) == varying(kernel) is not None:
+        return images, kernel
     return images * one_of(kernel, images.dtype), kernel * one_of(images, kernel.dtype)
 
 

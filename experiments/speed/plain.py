@@ -15,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
@@ -109,13 +108,6 @@ def layers_replaced() -> Iterator[None]:
         yield
 
 
-def tree(network: nn.Module, resolution: int = 0) -> Any:
-    """Shapes and dtypes of the variables, by name, without computing them."""
-    resolution = resolution or network.resolution
-    images = jax.ShapeDtypeStruct((1, resolution, resolution, network.in_channels), jnp.float32)
-    return jax.eval_shape(network.init, jax.random.key(0), images)
-
-
 def check(name: str, *, resolution: int = 0, **fields: Any) -> float:
     """Holds the plain form of a network against ours: equal trees, and equal logits in evaluation for the same variables.
 
@@ -140,9 +132,9 @@ def check(name: str, *, resolution: int = 0, **fields: Any) -> float:
 
 def check_trees(network: nn.Module, resolution: int = 0) -> None:
     """Raises an AssertionError where names, shapes or dtypes of the variables differ between the two forms."""
-    ours = tree(network, resolution)
+    ours = models.variable_shapes(network, resolution=resolution)
     with layers_replaced():
-        plain = tree(network, resolution)
+        plain = models.variable_shapes(network, resolution=resolution)
     ours, plain = (dict(jax.tree_util.tree_leaves_with_path(shapes)) for shapes in (ours, plain))
     differ = [path for path in ours | plain if str(ours.get(path)) != str(plain.get(path))]
     assert not differ, f"{type(network).__name__}: {len(differ)} variables differ, first {jax.tree_util.keystr(differ[0])}"
