@@ -10,7 +10,8 @@ from flax import linen as nn
 from flax.errors import ScopeParamShapeError
 
 from cnnfamily import models
-from cnnfamily.models import create_model, initializers
+from cnnfamily.errors import UsageError
+from cnnfamily.models import convolution, create_model, initializers
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,21 @@ def test_initialize_is_init(name, fields):
         assert not isinstance(a, jax.core.Tracer)
         assert a.dtype == jnp.float32
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    assert models.variable_shapes(network) == jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found)
+
+
+def test_shapes_are_traced_without_a_draw_and_by_the_plain_convolution_alone(monkeypatch):
+    """And afterwards all is as before, after an error too."""
+    network = create_model("lenet5", width=0.2)
+    with monkeypatch.context() as context:
+        context.delattr(initializers, "_random")
+        context.delattr(convolution, "_output")
+        shapes = models.variable_shapes(network)
+        with pytest.raises(UsageError, match="33 x 33"):
+            models.variable_shapes(network, resolution=33)
+        with pytest.raises(NameError, match="_output"):
+            network.apply(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), jnp.zeros((1, 32, 32, 1)))
+    assert jax.tree.leaves(models.initialize(network, jax.random.key(0)))[-1].any()
 
 
 def test_initialize_at_another_resolution():
@@ -139,3 +155,4 @@ def test_initialize_a_network_that_asks_linen_for_its_parameters():
     found = models.initialize(Plain(), jax.random.key(0))
     expected = Plain().init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)))["params"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, {"batch_stats": {}, "params": expected})
+    assert models.variable_shapes(Plain()) == jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnfamily.models import create_model, mobilenet_v2
+from cnnfamily.models import create_model, mobilenet_v2, variable_shapes
 from cnnfamily.models.stochastic_depth import Drop
 from cnnfamily.summary import summarize
 
@@ -138,8 +138,7 @@ def small():
     """Two rows, with and without expansion, stride 2 and 1, drawn at random; a map of 18x18 enters the second."""
     network = create_model("mobilenet_v2", stages=((1, 8, 1, 1), (3, 8, 2, 2)), stem_filters=8, num_classes=4)
     images = np.random.default_rng(1).normal(size=(2, 36, 36, 3)).astype(np.float32)
-    shapes = jax.eval_shape(network.init, jax.random.key(0), images)
-    return network, drawn(shapes), images
+    return network, drawn(variable_shapes(network)), images
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cnnfamily.errors import UsageError
-from cnnfamily.models import create_model, mobilenet_v3
+from cnnfamily.models import create_model, mobilenet_v3, variable_shapes
 from cnnfamily.models.stochastic_depth import Drop
 from cnnfamily.summary import summarize
 
@@ -212,7 +212,7 @@ def small():
     """A row of each kind, drawn at random; a map of 10x10 enters the second."""
     network = create_model("mobilenet_v3_small", stages=STAGES, stem_filters=8, hidden_units=16, num_classes=4)
     images = np.random.default_rng(1).normal(size=(2, 40, 40, 3)).astype(np.float32)
-    return network, drawn(jax.eval_shape(network.init, jax.random.key(0), images)), images
+    return network, drawn(variable_shapes(network)), images
 
 
 @pytest.mark.parametrize("fields", [{}, {"activation": "relu"}, {"shortcut": False}], ids=str)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import cnnfamily
 from cnnfamily.errors import UsageError
-from cnnfamily.models import NETWORKS, build, create_model, initialize, list_models, model_config
+from cnnfamily.models import NETWORKS, build, create_model, initialize, list_models, model_config, variable_shapes
 from cnnfamily.models.googlenet import MODULES
 from cnnfamily.models.layers import ACTIVATIONS
 
@@ -102,9 +102,8 @@ def test_build_errors(fields, message):
 )
 def test_errors_when_called(name, fields, message):
     network = create_model(name, **fields)
-    images = jnp.zeros((1, 32, 32, network.in_channels))
     with pytest.raises(UsageError, match=message):
-        jax.eval_shape(network.init, abstract_key(), images)
+        variable_shapes(network, resolution=32)
 
 
 # Shapes and dtypes of all, from tracing alone
@@ -188,12 +187,10 @@ def test_batch_norm_is_a_switch(name):
     """Without it no statistics and scales are left, and the convolutions have the bias that the norms had."""
     arrays = {}
     for switch in (True, False):
-        network = create_model(name, batch_norm=switch)
-        images = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, network.in_channels), jnp.float32)
-        arrays[switch] = jax.eval_shape(network.init, abstract_key(), images)
+        arrays[switch] = variable_shapes(create_model(name, batch_norm=switch))
     scales = sum(leaf.size for path, leaf in flatten_dict(arrays[True]["params"]).items() if path[-1] == "scale")
     assert scales > 0
-    assert "batch_stats" not in arrays[False]
+    assert arrays[False]["batch_stats"] == {}
     with_norms, without = (sum(leaf.size for leaf in jax.tree.leaves(arrays[switch]["params"])) for switch in (True, False))
     always = name.startswith(("alexnet", "vgg"))  # whose convolutions have a bias anyway
     assert with_norms - without == (2 if always else 1) * scales
@@ -206,7 +203,6 @@ BY_HAND = [name for name in NORMED if name not in ("vgg11", "resnet18", "mobilen
 def test_the_norm_stands_before_or_after_the_activation(name):
     """Nothing but the order changes, and that everywhere: the arrays stay, and every activation sees another input."""
     network = create_model(name, batch_norm=True)
-    images = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, network.in_channels), jnp.float32)
     orders, shapes = [], []
     for place in ("before", "after"):
         called = []
@@ -222,7 +218,7 @@ def test_the_norm_stands_before_or_after_the_activation(name):
 
         with pytest.MonkeyPatch.context() as patch, nn.intercept_methods(record):
             patch.setitem(ACTIVATIONS, network.activation, activation)
-            shapes.append(jax.eval_shape(network.clone(norm_place=place).init, abstract_key(), images))
+            shapes.append(variable_shapes(network.clone(norm_place=place)))
         orders.append("".join({"Conv": "c", "BatchNorm": "n", "activation": "a"}[name] for name in called))
     assert jax.tree.map(jnp.shape, shapes[0]) == jax.tree.map(jnp.shape, shapes[1])
     assert "cna" in orders[0]
@@ -245,11 +241,10 @@ def test_a_network_without_norms_trains_under_stochastic_depth():
 
 
 def test_a_last_scale_needs_a_last_norm():
-    images = jnp.zeros((1, 32, 32, 3))
     for fields in ({"batch_norm": False}, {"preactivation": True}):
         network = create_model("resnet18", zero_init_last=True, **fields)
         with pytest.raises(UsageError, match=f"zero_init_last=True with {next(iter(fields))}=.*: no .*norm"):
-            jax.eval_shape(network.init, abstract_key(), images)
+            variable_shapes(network)
 
 
 # Values of one small network a family

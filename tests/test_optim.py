@@ -8,7 +8,7 @@ import pytest
 
 from cnnfamily.config import load_config
 from cnnfamily.errors import UsageError
-from cnnfamily.models import create_model
+from cnnfamily.models import create_model, variable_shapes
 from cnnfamily.optim import decayed, duration, learning_rate_schedule, make_optimizer
 
 
@@ -96,8 +96,7 @@ def test_duration():
 
 def test_only_kernels_decay():
     network = create_model("efficientnet_b0", width=0.25, depth=0.1)
-    key, images = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    params = jax.eval_shape(network.init, key, images)["params"]
+    params = variable_shapes(network)["params"]
     flat = jax.tree_util.tree_leaves_with_path(decayed(params))
     names = {(path[-1].key, value) for path, value in flat}
     assert names == {("kernel", True), ("bias", False), ("scale", False)}

@@ -11,7 +11,7 @@ import pytest
 from conftest import mesh_of
 
 from cnnfamily import create_model, parallel
-from cnnfamily.models import initialize
+from cnnfamily.models import initialize, variable_shapes
 from cnnfamily.step import Objective, create_state, train_step
 
 SMALL = {
@@ -54,7 +54,7 @@ def test_the_same_update(x64, name):
 def test_what_is_kept_of_a_convolution_with_a_bias_is_rounded():
     """Twice the memory else: with a bias the sums stay in float32 until it is added."""
     network = create_model("vgg11", width=0.125, num_classes=10, dtype="bfloat16")
-    variables = jax.eval_shape(lambda: initialize(network, jax.random.key(0), resolution=32))
+    variables = variable_shapes(network, resolution=32)
     apply = functools.partial(network.apply, train=True, rngs={"dropout": jax.random.key(0)})
     program = str(jax.make_jaxpr(apply)(variables, jnp.ones((2, 32, 32, 3))))
     kept = re.findall(r":(\w+)\[[\d,]*\] = name\[name=convolution\]", program)

@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from cnnfamily.models import create_model, initialize
+from cnnfamily.models import create_model, initialize, variable_shapes
 from cnnfamily.models.layers import BatchNorm, Conv
 from cnnfamily.models.resnet import Shortcut
 from cnnfamily.summary import summarize
 
 
 def shapes_of(name, **fields):
-    network = create_model(name, **fields)
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    return jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), images)["params"]
+    return variable_shapes(create_model(name, **fields))["params"]
 
 
 # Shortcuts

@@ -15,7 +15,7 @@ from jax import export
 from cnnfamily import config as configs
 from cnnfamily import optim, parallel
 from cnnfamily.data import augment, feed
-from cnnfamily.models import build, create_model, initialize
+from cnnfamily.models import build, create_model, initialize, variable_shapes
 from cnnfamily.models.layers import BatchNorm, Linear
 from cnnfamily.step import Objective, create_state, train_step
 
@@ -238,9 +238,7 @@ def test_the_step_of_efficientnet_b0_lowers_for_gpu_and_tpu(form):
     micro_batches = 1 if form == "example" else 2
     network = build(config.model)
     optimizer = optim.make_optimizer(config.optim, lambda step: 0.1)
-    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    variables = jax.eval_shape(network.init, jax.random.key(0), images)
-    state = jax.eval_shape(functools.partial(create_state, optimizer=optimizer, ema=True), variables)
+    state = jax.eval_shape(functools.partial(create_state, optimizer=optimizer, ema=True), variable_shapes(network))
     normal = functools.partial(feed.train_view, config={"flip": True}, mean=(0.5,) * 3, std=(0.2,) * 3, side=224)
     mix = functools.partial(augment.mix, mixup=0.2, cutmix=1.0, group=16)
     objective = Objective(network.clone(axis_name="data"), normal, 0, mix, label_smoothing=0.1)

@@ -16,7 +16,7 @@ import safetensors.numpy
 import cnnfamily
 from cnnfamily import naming, weights
 from cnnfamily.errors import UsageError
-from cnnfamily.models import create_model, initialize
+from cnnfamily.models import create_model, initialize, variable_shapes
 from cnnfamily.weight_files import read_weights
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
@@ -26,7 +26,7 @@ IMAGES = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
 def network_of(name: str, **fields):
     """The network, and variables of which no two arrays are alike."""
     network = create_model(name, **fields)
-    shapes, numbers = jax.eval_shape(functools.partial(initialize, network, jax.random.key(0))), np.random.default_rng(1)
+    shapes, numbers = variable_shapes(network), np.random.default_rng(1)
     return network, jax.tree.map(lambda leaf: numbers.uniform(0.5, 1, leaf.shape).astype(np.float32), shapes)
 
 
