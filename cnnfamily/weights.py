@@ -73,7 +73,8 @@ def load_pretrained(
         warn(f"{source} is Keras's: {_text_of(unset)}images are {keras_files.images_of(network, tensors)}")
     _warn_of_fields(network, source, fit.scheme)
     if fit.fresh:
-        drawn = flatten_dict(initialize(network, jax.random.key(0)))
+        modules = [leaf.path[1:-1] for leaf in fit.fresh]
+        drawn = flatten_dict(initialize(network, jax.random.key(0), modules=modules))
         fit.values.update({leaf.path: drawn[leaf.path] for leaf in fit.fresh})
     dtype = parameter_dtype_of(network.dtype)
     # Copied: on a CPU JAX shares the memory of a NumPy array that is aligned, as those of a torch network are, which may train

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.errors import ScopeParamShapeError
+from flax.traverse_util import flatten_dict
 
 from cnnfamily import models
 from cnnfamily.errors import UsageError
@@ -134,6 +135,23 @@ def test_shapes_are_traced_without_a_draw_and_by_the_plain_convolution_alone(mon
         with pytest.raises(NameError, match="_output"):
             network.apply(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), jnp.zeros((1, 32, 32, 1)))
     assert jax.tree.leaves(models.initialize(network, jax.random.key(0)))[-1].any()
+
+
+OF_MODULES = [("resnet20_cifar", {"depth": 0.34}), ("googlenet", {"width": 0.125, "aux": True})]
+
+
+@pytest.mark.parametrize(("name", "fields"), OF_MODULES)
+def test_modules_that_are_asked_for_are_drawn_alone_and_alike(name, fields, monkeypatch):
+    network, key = create_model(name, **fields), jax.random.key(3)
+    expected = flatten_dict(models.initialize(network, key))
+    drawn, draw = [], initializers._random
+    monkeypatch.setattr(initializers, "_random", lambda *given: drawn.append(given) or draw(*given))
+    modules = [path[1:-1] for path in expected if path[-2] in ("classifier", "hidden", "stem_norm")]
+    found = flatten_dict(models.initialize(network, key, modules=modules))
+    assert found.keys() == {path for path in expected if path[1:-1] in modules} != set()
+    for path, value in found.items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=str(path))
+    assert 0 < len(drawn) < len(found)
 
 
 def test_initialize_at_another_resolution():

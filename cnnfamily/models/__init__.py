@@ -2,11 +2,13 @@
 
 import dataclasses
 import fnmatch
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from cnnfamily.errors import UsageError, unknown
@@ -22,8 +24,10 @@ from cnnfamily.models import (
     resnet,
     vgg,
 )
-from cnnfamily.models.initializers import shapes_alone
+from cnnfamily.models.initializers import outputs_unread
 from cnnfamily.models.layers import parameter_dtype_of
+
+Path = tuple[str, ...]  # of a module, as linen names them
 
 # name -> (module class, the fields in which this variant differs from the class's defaults)
 NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -100,20 +104,27 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     return build(ConfigDict({"name": name, **overrides}))
 
 
-def initialize(network: nn.Module, key: jax.Array, *, resolution: int = 0) -> dict:
+def initialize(network: nn.Module, key: jax.Array, *, resolution: int = 0, modules: Iterable[Path] | None = None) -> dict:
     """Fresh variables `{"params", "batch_stats"}` for images of `resolution` pixels square (0: the network's own).
 
-    The values of `network.init(key, images)`, without computing the forward pass; see `initializers`.
+    The values of `network.init(key, images)`, without computing the forward pass; see `initializers`. With `modules` of these
+    alone, each a path such as `("head", "conv")`, and nothing is drawn for the others.
     """
-    images, variables = _image(network, resolution), {"batch_stats": {}}
+    images, variables, drawn = _image(network, resolution), {}, modules and {*modules}
 
     def keep_variables(images):
-        variables.update(network.init(key, images))  # known values, not tracers: the key is known and layers use `parameter`
+        with outputs_unread(lambda path: drawn is None or path in drawn):
+            variables.update(network.init(key, images))  # known values, not tracers: the key is known
+
+    def asked_for(variables):
+        found = {path: value for path, value in flatten_dict(variables).items() if drawn is None or path[1:-1] in drawn}
+        return {"params": {}, "batch_stats": {}, **unflatten_dict(found)}
 
     jax.eval_shape(keep_variables, images)
-    if any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(variables)):  # some layer does not
-        return {"batch_stats": {}, **jax.jit(network.init)(key, jnp.zeros(images.shape, images.dtype))}
-    return jax.device_put(variables)  # `jnp.asarray` would compile a program for every shape (0.9 s for B0, Zen 3)
+    found = asked_for(variables)
+    if any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(found)):  # some layer does not use `parameter`
+        found = asked_for(jax.jit(network.init)(key, jnp.zeros(images.shape, images.dtype)))
+    return jax.device_put(found)  # `jnp.asarray` would compile a program for every shape (0.9 s for B0, Zen 3)
 
 
 def variable_shapes(network: nn.Module, *, resolution: int = 0) -> dict:
@@ -124,7 +135,7 @@ def variable_shapes(network: nn.Module, *, resolution: int = 0) -> dict:
     """
 
     def init(key, image):
-        with shapes_alone():
+        with outputs_unread(lambda path: False):
             return network.init(key, image)
 
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,18 @@ import numpy as np
 from flax import linen as nn
 from flax.errors import ScopeParamShapeError
 
-SHAPES_ALONE = contextvars.ContextVar("shapes_alone", default=False)
+# In a trace whose outputs nobody reads: whether anybody reads the parameters of the module at this path.
+READ: contextvars.ContextVar[Callable[[tuple[str, ...]], bool] | None] = contextvars.ContextVar("read", default=None)
 
 
 @contextlib.contextmanager
-def shapes_alone() -> Iterator[None]:
-    """For a trace of which nobody reads the values: parameters are zeros, and convolutions the plain operation."""
-    before = SHAPES_ALONE.set(True)
+def outputs_unread(read: Callable[[tuple[str, ...]], bool]) -> Iterator[None]:
+    """For such a trace: convolutions are the plain operation, and parameters that are not `read` are zeros."""
+    before = READ.set(read)
     try:
         yield
     finally:
-        SHAPES_ALONE.reset(before)
+        READ.reset(before)
 
 
 def parameter(module: nn.Module, name: str, init, shape: tuple[int, ...], dtype) -> jax.Array:
@@ -36,7 +37,8 @@ def parameter(module: nn.Module, name: str, init, shape: tuple[int, ...], dtype)
     Raises:
       ScopeParamShapeError: the parameter is there and has another shape.
     """
-    if SHAPES_ALONE.get() and not module.has_variable("params", name):
+    read = READ.get()
+    if read and not read(module.path) and not module.has_variable("params", name):
         module.put_variable("params", name, jnp.zeros(shape, dtype))
     if not module.has_variable("params", name):
         with jax.ensure_compile_time_eval():
