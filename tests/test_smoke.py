@@ -9,22 +9,37 @@ from cnnfamily import config as configs
 from cnnfamily import parallel, runlog, train
 
 FILES = sorted(path.stem for path in (configs.REPOSITORY / "configs").glob("*.py") if path.stem != "default")
-# LeNet's and EfficientNet's, whose blocks are the MobileNets' too, are in test_train.py, with more of what a run can do;
+# LeNet's is in test_train.py, with more of what a run can do; EfficientNet's, whose blocks are the MobileNets' too, and
 # ResNet's recipes are below, and what is GoogLeNet's alone, its auxiliary classifiers, in test_googlenet.py.
 FAMILIES = ("alexnet_2012", "vgg11_bn")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAMILIES else [pytest.mark.full]) for n in FILES])
 def test_smoke(name, dies_at_3, tmp_path):
-    config = configs.load_config(f"configs/{name}.py:smoke")
+    trains_dies_and_goes_on(configs.load_config(f"configs/{name}.py:smoke"), dies_at_3, tmp_path / "run")
 
-    dies_at_3(config, tmp_path / "run")
-    result = train.run_training(config, tmp_path / "run", quiet=True)
-    assert runlog.read_manifest(tmp_path / "run")["sessions"][-1]["first_step"] == 2
+
+def trains_dies_and_goes_on(config, dies_at_3, workdir):
+    dies_at_3(config, workdir)
+    result = train.run_training(config, workdir, quiet=True)
+    assert runlog.read_manifest(workdir)["sessions"][-1]["first_step"] == 2
     assert (result.step, result.metrics["test_examples"]) == (4, 16)
-    rows = runlog.read_metrics(tmp_path / "run")
+    rows = runlog.read_metrics(workdir)
     assert [row["step"] for row in rows if "test_loss" in row] == [2, 4]
     assert all(np.isfinite(row["train_loss"]) for row in rows if "train_loss" in row)
+
+
+def test_efficientnet_with_everything_on(dies_at_3, tmp_path, monkeypatch):
+    """Averages, accumulation, groups over several devices, AutoAugment, stochastic depth, dropout, bfloat16."""
+    monkeypatch.setattr(parallel, "data_mesh", lambda: mesh_of(8))
+    overrides = {
+        "accumulate_steps": 2,
+        "model.norm_group": 4,
+        "model.dtype": "bfloat16",
+        "model.stages": ((6, 32, 1, 1, 5),),  # one residual block
+    }
+    config = configs.load_config("configs/efficientnet_b0.py:smoke", overrides)
+    trains_dies_and_goes_on(config, dies_at_3, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")

@@ -226,16 +226,20 @@ def test_mirrored_images_are_turned_before_all_else_on_any_number_of_devices(x64
     np.testing.assert_array_equal(seen[2], seen[0])
 
 
-FORMS = ["example", *(pytest.param(form, marks=pytest.mark.full) for form in ("batch", "subset"))]
+# Stochastic depth's form, and how many stages of the network. Micro-batches have to be traced three times, so not of all.
+FORMS = [
+    ("example", 2),
+    *(pytest.param(*form, marks=pytest.mark.full) for form in (("batch", 2), ("subset", 2), ("example", 7))),
+]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_step_of_efficientnet_b0_lowers_for_gpu_and_tpu(form):
+@pytest.mark.parametrize(("form", "stages"), FORMS)
+def test_the_step_of_efficientnet_b0_lowers_for_gpu_and_tpu(form, stages):
     """With averages and micro-batches on eight devices: what cannot run here is at least known to compile to StableHLO."""
     config = configs.load_config("configs/efficientnet_b0.py", {"model.stochastic_depth_form": form})
-    if form != "example":  # the whole network once is enough, without micro-batches, which have to be traced three times
-        config.model.stages = config.model.stages[:2]
-    micro_batches = 1 if form == "example" else 2
+    assert len(config.model.stages) == 7
+    config.model.stages = config.model.stages[:stages]
+    micro_batches = 1 if stages == 7 else 2
     network = build(config.model)
     optimizer = optim.make_optimizer(config.optim, lambda step: 0.1)
     state = jax.eval_shape(functools.partial(create_state, optimizer=optimizer, ema=True), variable_shapes(network))

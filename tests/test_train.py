@@ -124,25 +124,6 @@ def test_a_split_too_large_for_the_device_gives_the_same_run(finished, tmp_path)
     assert_equal_states(final_state(tmp_path / "run"), final_state(finished[0]))
 
 
-def test_efficientnet_trains_evaluates_and_continues(dies_at_3, tmp_path):
-    """The `:smoke` form of B0 with everything on: averages, accumulation, groups, stochastic depth, dropout, bfloat16."""
-    overrides = {
-        "accumulate_steps": 2,
-        "model.norm_group": 4,
-        "model.dtype": "bfloat16",
-        "model.stages": ((6, 32, 1, 1, 5),),  # one residual block
-    }
-    config = configs.load_config("configs/efficientnet_b0.py:smoke", overrides)
-
-    dies_at_3(config, tmp_path / "run")
-    result = train.run_training(config, tmp_path / "run", quiet=True)
-    assert result.step == 4
-    assert result.metrics["test_examples"] == 16
-    rows = runlog.read_metrics(tmp_path / "run")
-    assert [row["step"] for row in rows if "test_loss" in row] == [2, 4]
-    assert all(np.isfinite(row["train_loss"]) for row in rows if "train_loss" in row)
-
-
 # Faults of the user's. Each is one line and the exit status that the design fixes.
 
 
