@@ -166,7 +166,7 @@ def _accepted(network: nn.Module, batch: int, resolution: int, mesh: Mesh | None
     resolution, mesh = resolution or network.resolution, mesh or parallel.data_mesh()
     if batch < 1 or batch % mesh.size:
         raise errors.UsageError(f"--batch={batch}: expected a positive multiple of the {mesh.size} devices")
-    models.variable_shapes(network, resolution=resolution)  # or its error
+    models.variable_shapes(network, resolution=resolution)  # raises where it refuses this size
     return resolution, mesh
 
 

@@ -1,15 +1,15 @@
 """Batch norm folded into the convolutions before it, for inference: fewer passes over the maps, and the same function."""
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cnnfamily.errors import UsageError
-from cnnfamily.models import variable_shapes
+from cnnfamily.models import Path, image_shape, variable_shapes
 from cnnfamily.models.batch_norm import BatchNorm
+from cnnfamily.models.initializers import outputs_unread
 from cnnfamily.models.layers import Conv
-
-Path = tuple[str, ...]
 
 
 def fold_batch_norm(network: nn.Module, variables: dict) -> tuple[nn.Module, dict]:
@@ -29,7 +29,7 @@ def fold_batch_norm(network: nn.Module, variables: dict) -> tuple[nn.Module, dic
     folded = network.clone(**{name: value for name, value in absent.items() if hasattr(network, name)})
     params = flatten_dict(variables["params"])
     stats = flatten_dict(variables["batch_stats"])
-    for norm, (conv, epsilon) in _convolution_of_each_norm(network).items():
+    for norm, (conv, epsilon) in _convolution_of_each_norm(network, variables).items():
         factor = params.pop((*norm, "scale")) / jnp.sqrt(stats[(*norm, "var")] + epsilon)
         params[(*conv, "kernel")] *= factor
         bias = params.get((*conv, "bias"), 0.0) - stats[(*norm, "mean")]
@@ -39,7 +39,7 @@ def fold_batch_norm(network: nn.Module, variables: dict) -> tuple[nn.Module, dic
     return folded, {"params": unflatten_dict(found), "batch_stats": {}}
 
 
-def _convolution_of_each_norm(network: nn.Module) -> dict[Path, tuple[Path, float]]:
+def _convolution_of_each_norm(network: nn.Module, variables: dict) -> dict[Path, tuple[Path, float]]:
     """For the path of each norm that of the convolution whose output it sees, and its epsilon, from an abstract evaluation."""
     made, found = {}, {}
 
@@ -54,6 +54,7 @@ def _convolution_of_each_norm(network: nn.Module) -> dict[Path, tuple[Path, floa
             found[context.module.path] = made[id(args[0])][0], context.module.epsilon
         return output
 
-    with nn.intercept_methods(record):
-        variable_shapes(network)
+    # By the variables, so that those of another network are an error here.
+    with nn.intercept_methods(record), outputs_unread(lambda path: True):
+        jax.eval_shape(network.apply, variables, image_shape(network))
     return found

@@ -109,7 +109,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
         learning_rate = jax.jit(schedule)  # for the log; operation by operation it would compile ten programs
         network, optimizer, state = fresh_state(config, schedule, None if first_step else data)
         for side in {*train.resolutions} - {feed.resolution_of(config)}:
-            models.variable_shapes(network, resolution=side)  # or its error
+            models.variable_shapes(network, resolution=side)  # raises where it refuses this size
         state = parallel.replicate(state, mesh)
 
         def objective_at(resolution):

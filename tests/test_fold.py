@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
 from cnnfamily import create_model
 from cnnfamily.errors import UsageError
@@ -60,3 +61,16 @@ def test_what_cannot_be_folded(x64):
         network = create_model(name, **fields)
         with pytest.raises(UsageError, match=words):
             fold_batch_norm(network, variable_shapes(network))
+
+
+def test_variables_of_another_network_are_an_error_and_those_for_evaluation_alone_are_not():
+    network = create_model("resnet20_cifar", depth=0.34)
+    variables = initialize(network, jax.random.key(0))
+    with pytest.raises(ScopeParamShapeError, match="classifier"):
+        fold_batch_norm(network.clone(num_classes=7), variables)
+    del variables["params"]["classifier"]
+    with pytest.raises(ScopeParamNotFoundError, match="classifier"):
+        fold_batch_norm(network, variables)
+    variables = initialize(create_model("googlenet", width=0.125, aux=False), jax.random.key(0))
+    folded, _ = fold_batch_norm(create_model("googlenet", width=0.125, aux=True), variables)
+    assert not folded.aux

@@ -137,7 +137,12 @@ def test_shapes_are_traced_without_a_draw_and_by_the_plain_convolution_alone(mon
     assert jax.tree.leaves(models.initialize(network, jax.random.key(0)))[-1].any()
 
 
-OF_MODULES = [("resnet20_cifar", {"depth": 0.34}), ("googlenet", {"width": 0.125, "aux": True})]
+OF_MODULES = [
+    ("resnet20_cifar", {"depth": 0.34}),
+    ("googlenet", {"width": 0.125, "aux": True}),
+    ("airbench94", {"width": 0.25}),
+    ("lenet5_1998", {"output": "linear"}),
+]
 
 
 @pytest.mark.parametrize(("name", "fields"), OF_MODULES)
@@ -146,12 +151,17 @@ def test_modules_that_are_asked_for_are_drawn_alone_and_alike(name, fields, monk
     expected = flatten_dict(models.initialize(network, key))
     drawn, draw = [], initializers._random
     monkeypatch.setattr(initializers, "_random", lambda *given: drawn.append(given) or draw(*given))
-    modules = [path[1:-1] for path in expected if path[-2] in ("classifier", "hidden", "stem_norm")]
+    modules = [path[1:-1] for path in expected if path[-2] in ("classifier", "hidden", "stem", "stem_norm", "pool1")]
     found = flatten_dict(models.initialize(network, key, modules=modules))
     assert found.keys() == {path for path in expected if path[1:-1] in modules} != set()
     for path, value in found.items():
         np.testing.assert_array_equal(value, expected[path], err_msg=str(path))
-    assert 0 < len(drawn) < len(found)
+    assert len(drawn) == sum(path[0] == "params" and path[-1] == "kernel" for path in found)
+
+
+def test_a_module_that_is_not_there_is_a_usage_error():
+    with pytest.raises(UsageError, match="unknown module 'clasifier'; did you mean 'classifier'"):
+        models.initialize(create_model("lenet5"), jax.random.key(0), modules=[("clasifier",)])
 
 
 def test_initialize_at_another_resolution():

@@ -25,7 +25,6 @@ from cnnfamily.models import (
     vgg,
 )
 from cnnfamily.models.initializers import outputs_unread
-from cnnfamily.models.layers import parameter_dtype_of
 
 Path = tuple[str, ...]  # of a module, as linen names them
 
@@ -107,23 +106,33 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 def initialize(network: nn.Module, key: jax.Array, *, resolution: int = 0, modules: Iterable[Path] | None = None) -> dict:
     """Fresh variables `{"params", "batch_stats"}` for images of `resolution` pixels square (0: the network's own).
 
-    The values of `network.init(key, images)`, without computing the forward pass; see `initializers`. With `modules` of these
-    alone, each a path such as `("head", "conv")`, and nothing is drawn for the others.
+    The values of `network.init(key, images)`, without computing the forward pass; see `initializers`. With `modules`, paths
+    such as `("head", "conv")`, those of these alone, and of our networks the others are not drawn.
+
+    Raises:
+      UsageError: the network refuses images of this size, or has no variables in one of `modules`.
     """
-    images, variables, drawn = _image(network, resolution), {}, modules and {*modules}
+    variables, asked_for = {}, modules and {*modules}
 
     def keep_variables(images):
-        with outputs_unread(lambda path: drawn is None or path in drawn):
+        with outputs_unread(lambda path: asked_for is None or path in asked_for):
             variables.update(network.init(key, images))  # known values, not tracers: the key is known
 
-    def asked_for(variables):
-        found = {path: value for path, value in flatten_dict(variables).items() if drawn is None or path[1:-1] in drawn}
-        return {"params": {}, "batch_stats": {}, **unflatten_dict(found)}
+    def chosen(variables):
+        flat = flatten_dict(variables)
+        if asked_for is None:
+            return flat
+        paths = {path[1:-1] for path in flat}
+        for path in sorted(asked_for - paths):
+            raise unknown("module", "/".join(path), sorted("/".join(path) for path in paths))
+        return {path: value for path, value in flat.items() if path[1:-1] in asked_for}
 
+    images = image_shape(network, resolution)
     jax.eval_shape(keep_variables, images)
-    found = asked_for(variables)
-    if any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(found)):  # some layer does not use `parameter`
-        found = asked_for(jax.jit(network.init)(key, jnp.zeros(images.shape, images.dtype)))
+    found = chosen(variables)
+    if any(isinstance(value, jax.core.Tracer) for value in found.values()):  # some layer does not use `parameter`
+        found = chosen(jax.jit(network.init)(key, jnp.zeros(images.shape, images.dtype)))
+    found = {"params": {}, "batch_stats": {}, **unflatten_dict(found)}
     return jax.device_put(found)  # `jnp.asarray` would compile a program for every shape (0.9 s for B0, Zen 3)
 
 
@@ -139,12 +148,13 @@ def variable_shapes(network: nn.Module, *, resolution: int = 0) -> dict:
             return network.init(key, image)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return {"batch_stats": {}, **jax.eval_shape(init, key, _image(network, resolution))}
+    return {"params": {}, "batch_stats": {}, **jax.eval_shape(init, key, image_shape(network, resolution))}
 
 
-def _image(network: nn.Module, resolution: int) -> jax.ShapeDtypeStruct:
+def image_shape(network: nn.Module, resolution: int = 0) -> jax.ShapeDtypeStruct:
+    """One image `[1, resolution, resolution, in_channels]` (0: the network's own), normalised: float32, or float64 in that."""
     resolution = resolution or network.resolution
-    dtype = parameter_dtype_of(getattr(network, "dtype", "float32"))
+    dtype = jnp.float64 if getattr(network, "dtype", None) == "float64" else jnp.float32
     return jax.ShapeDtypeStruct((1, resolution, resolution, network.in_channels), dtype)
 
 

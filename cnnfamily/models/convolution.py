@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from cnnfamily.models import cpu_depthwise, onednn_forms
 from cnnfamily.models import cpu_forms as cpu
 from cnnfamily.models.geometry import NHWC, Geometry, Pair, sum_dtype
-from cnnfamily.models.initializers import READ
+from cnnfamily.models.initializers import outputs_are_read
 
 KEPT = "convolution"  # under this name a policy of `jax.checkpoint` finds every output
 # (product, kind): its form on every other platform in place of the plain one, for experiments/speed/candidates.py to measure.
@@ -70,7 +70,7 @@ def convolution(
     geometry = Geometry(images.shape[1:3], kernel.shape[:2], tuple(stride), (padding_rows, padding_columns), groups)
     kind, rounded = _kind(images, kernel, geometry), rounded or sum_dtype(images) == images.dtype
     plain = kind == "plain" and rounded and not _IN_A_BRANCH.get()
-    if min(geometry.output_size) <= 0 or plain or READ.get():
+    if min(geometry.output_size) <= 0 or plain or not outputs_are_read():
         output = _plain_output(images, kernel, geometry).astype(images.dtype if rounded else sum_dtype(images))
     else:
         output = _output(*_vary_alike(images, kernel), geometry._replace(kind=kind, rounded=rounded))
@@ -153,8 +153,8 @@ def _live_taps(size: int, taps: int, stride: int, padding: Pair) -> tuple[slice,
 def _vary_alike(images: Array, kernel: Array) -> tuple[Array, Array]:
     """Casts both to vary over the same manual axes, without which `shard_map(check_vma=True)` refuses the gradients.
 
-    A product with the other's 1 does so by public means on every JAX version, and XLA folds it. Traced it is not for nothing:
-    where both vary alike, which is everywhere else, it is left out.
+    A product with the other's 1 does so by public means on every JAX version, and XLA folds it. To trace it takes time all the
+    same, so where both vary alike, as they do outside of that, it is left out.
     """
 
     def varying(x):

@@ -17,28 +17,39 @@ import numpy as np
 from flax import linen as nn
 from flax.errors import ScopeParamShapeError
 
-# In a trace whose outputs nobody reads: whether anybody reads the parameters of the module at this path.
-READ: contextvars.ContextVar[Callable[[tuple[str, ...]], bool] | None] = contextvars.ContextVar("read", default=None)
+# In a trace whose outputs nobody reads: whether anybody reads the parameters of the module at a path. None in every other.
+_PARAMETERS_READ: contextvars.ContextVar[Callable[[tuple[str, ...]], bool] | None]
+_PARAMETERS_READ = contextvars.ContextVar("parameters_read", default=None)
 
 
 @contextlib.contextmanager
-def outputs_unread(read: Callable[[tuple[str, ...]], bool]) -> Iterator[None]:
-    """For such a trace: convolutions are the plain operation, and parameters that are not `read` are zeros."""
-    before = READ.set(read)
+def outputs_unread(parameters_read: Callable[[tuple[str, ...]], bool]) -> Iterator[None]:
+    """For a trace whose outputs nobody reads: convolutions are the plain operation, and parameters that nobody reads are zeros.
+
+    No place for the first call of a function under `jax.jit` that outlives it: outside it would keep the form that it got here.
+    """
+    before = _PARAMETERS_READ.set(parameters_read)
     try:
         yield
     finally:
-        READ.reset(before)
+        _PARAMETERS_READ.reset(before)
+
+
+def outputs_are_read() -> bool:
+    """False in `outputs_unread`."""
+    return _PARAMETERS_READ.get() is None
 
 
 def parameter(module: nn.Module, name: str, init, shape: tuple[int, ...], dtype) -> jax.Array:
     """`module.param`, of `shape`, computed at once if its key is known, also under `jax.eval_shape`; see `models.initialize`.
 
+    Zeros where it is absent and in `outputs_unread` nobody reads it.
+
     Raises:
       ScopeParamShapeError: the parameter is there and has another shape.
     """
-    read = READ.get()
-    if read and not read(module.path) and not module.has_variable("params", name):
+    parameters_read = _PARAMETERS_READ.get()
+    if parameters_read and not parameters_read(module.path) and not module.has_variable("params", name):
         module.put_variable("params", name, jnp.zeros(shape, dtype))
     if not module.has_variable("params", name):
         with jax.ensure_compile_time_eval():
