@@ -159,7 +159,8 @@ def test_modules_that_are_asked_for_are_drawn_alone_and_alike(name, fields, monk
     assert len(drawn) == sum(path[0] == "params" and path[-1] == "kernel" for path in found)
 
 
-def test_a_module_that_is_not_there_is_a_usage_error():
+def test_no_module_draws_nothing_and_one_that_is_not_there_is_a_usage_error():
+    assert models.initialize(create_model("lenet5"), jax.random.key(0), modules=()) == {"params": {}, "batch_stats": {}}
     with pytest.raises(UsageError, match="unknown module 'clasifier'; did you mean 'classifier'"):
         models.initialize(create_model("lenet5"), jax.random.key(0), modules=[("clasifier",)])
 

@@ -112,7 +112,7 @@ def initialize(network: nn.Module, key: jax.Array, *, resolution: int = 0, modul
     Raises:
       UsageError: the network refuses images of this size, or has no variables in one of `modules`.
     """
-    variables, asked_for = {}, modules and {*modules}
+    variables, asked_for = {}, None if modules is None else {*modules}
 
     def keep_variables(images):
         with outputs_unread(lambda path: asked_for is None or path in asked_for):
