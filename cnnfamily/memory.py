@@ -66,6 +66,10 @@ def tune_malloc() -> None:
     EfficientNet-B0 on the digits went from 1,385 to 1,555 images/s and from 1,290 to 1,430 MiB; LeNet-5 stayed (three runs in
     turn).
 
+    Virtual devices run in threads of their own, which get the memory of the last step back only where they happen to have the
+    first arena. With `GLIBC_TUNABLES=glibc.malloc.arena_max=1` all have it: large steps gain, up to 1.3 times, small ones and
+    compilation lose (`experiments/speed/README.md`), so it is no default.
+
     Call it first thing in a command: what ran before runs again. MALLOC_ARENA_MAX and what GLIBC_TUNABLES has keep their say:
     with glibc.malloc.mmap_max=65536 in it, malloc's own value, nothing is kept.
     """

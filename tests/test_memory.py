@@ -46,24 +46,28 @@ from cnnfamily import memory
 memory.tune_malloc()
 import jax, jax.numpy as jnp
 @jax.jit
+@jax.vmap
 def step(x):  # with a temporary of 64 MiB; without a loop so small a program is run by the caller anyway
     return jax.lax.fori_loop(0, 2, lambda i, x: x + 1, jnp.sin(x @ x.T) @ x)
-x = jnp.ones((4096, 64))
+mesh = jax.make_mesh((jax.device_count(),), ("batch",))
+x = jax.device_put(jnp.ones((jax.device_count(), 4096, 64)), jax.NamedSharding(mesh, jax.P("batch")))
 for _ in range(8):
     step(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(40):
     step(x).block_until_ready()
 faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults * os.sysconf("SC_PAGESIZE") / 2**20 / 40)
+print(faults * os.sysconf("SC_PAGESIZE") / 2**20 / 40 / jax.device_count())
 """
 
 
 @pytest.mark.full
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs Linux with glibc")
-def test_the_temporaries_of_a_step_are_kept_for_the_next():
-    small = "glibc.malloc.hugetlb=0"  # so that faults tell how much came from the kernel
-    environment, megabytes = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, {}
+@pytest.mark.parametrize(("devices", "arenas"), [(1, ""), (2, ":glibc.malloc.arena_max=1")])
+def test_the_temporaries_of_a_step_are_kept_for_the_next(devices, arenas):
+    small = f"glibc.malloc.hugetlb=0{arenas}"  # small pages, so that faults tell how much came from the kernel
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment, megabytes = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}, {}
     for how, given in (("kept", small), ("returned", f"{small}:glibc.malloc.mmap_max=65536")):
         command = [sys.executable, "-c", KEPT]
         tunables = {"GLIBC_TUNABLES": given}

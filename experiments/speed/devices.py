@@ -1,7 +1,8 @@
 """Two virtual devices against one at the same global batch, and what they send: `python experiments/speed/devices.py`.
 
 Each number of devices is a process of its own, which compiles once and then takes its turn: of each round it runs one burst of
-steps. All-reduced bytes are counted from the compiled program: the operands of every all-reduce and all-gather.
+steps, with memory as training has it. All-reduced bytes are counted from the compiled program: the operands of every all-reduce
+and all-gather.
 """
 
 import itertools
@@ -62,8 +63,7 @@ def compare(name: str, group: int, batch: int) -> None:
     sides = []
     for devices in (1, 2):
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-        tunables = ":".join(f"{name}={value}" for name, value in memory.malloc_tunables().items())
-        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": tunables}
+        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         command = [sys.executable, __file__, name, str(group), str(batch)]
         sides.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     sent = [json.loads(side.stdout.readline()) for side in sides]
@@ -95,4 +95,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    side(sys.argv[1], *map(int, sys.argv[2:])) if sys.argv[1:] else main()
+    if sys.argv[1:]:
+        memory.tune_malloc()  # as `cnnfamily.train` does
+        side(sys.argv[1], *map(int, sys.argv[2:]))
+    else:
+        main()
