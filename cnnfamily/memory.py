@@ -68,7 +68,7 @@ def tune_malloc() -> None:
 
     Virtual devices run in threads of their own, which get the memory of the last step back only where they happen to have the
     first arena. With `GLIBC_TUNABLES=glibc.malloc.arena_max=1` all have it: large steps gain, up to 1.3 times, small ones and
-    compilation lose (`experiments/speed/README.md`), so it is no default.
+    compilation lose, and memory grows (`experiments/speed/README.md`), so it is no default.
 
     Call it first thing in a command: what ran before runs again. MALLOC_ARENA_MAX and what GLIBC_TUNABLES has keep their say:
     with glibc.malloc.mmap_max=65536 in it, malloc's own value, nothing is kept.
