@@ -89,6 +89,19 @@ def test_a_cut_from_a_larger_draw_is_the_draw(kind, shape):
     np.testing.assert_array_equal(jax.jit(lambda key: initializers._random(kind, key, shape, jnp.float32))(key), expected)
 
 
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_many_numbers_are_drawn_in_pieces(kind, monkeypatch):
+    """Each with a key of its own, the first with that of a draw that fits; eager and traced alike."""
+    monkeypatch.setattr(initializers, "MOST_DRAWN", 1024)
+    key, draw = jax.random.key(3), getattr(jax.random, kind)
+    expected = [draw(key if piece == 0 else jax.random.fold_in(key, piece), (1024,)) for piece in range(3)]
+    found = initializers._random(kind, key, (50, 51), jnp.float32)
+    np.testing.assert_array_equal(found.ravel(), jnp.concatenate(expected)[: 50 * 51])
+    traced = jax.jit(lambda key: initializers._random(kind, key, (50, 51), jnp.float32))(key)
+    np.testing.assert_array_equal(traced, found)
+    assert len(np.unique(found)) > 2540  # 2550, but for values of 23 bits that meet by chance
+
+
 def test_a_network_that_has_its_parameters_draws_none(monkeypatch):
     # Drawn again in every trace of `apply`, those of wide_resnet101_2 took 3 seconds.
     network, images = create_model("lenet5", width=0.2), jnp.zeros((1, 32, 32, 1))
