@@ -344,6 +344,41 @@ def test_a_product_for_each_image_or_part_of_one(size):
     assert_equal_to_plain(size, (3, 3), 32, 32, 1, (1, 1), ((1, 1), (1, 1)))
 
 
+LARGE = pytest.mark.parametrize(
+    ("filters", "stride", "dtype", "tolerance"),
+    # By taps, by images, strided, and in bfloat16 of turned factors, where 1 / 256 is half a last place.
+    [(128, 1, np.float32, 1e-5), (64, 1, np.float32, 1e-5), (64, 2, np.float32, 1e-5), (128, 1, jnp.bfloat16, 1 / 128)],
+)
+
+
+def of_large(filters, stride, dtype):
+    """Stride and padding of a convolution whose windows take 1.2 to 4.8 MB, and its operands."""
+    kwargs = {"stride": (stride, stride), "padding": ((1, 1), (1, 1))}
+    return kwargs, *operands((56, 56), (3, 3), 96, filters, 1, dtype, 4)
+
+
+@LARGE
+def test_a_large_kernel_gradient_equals_the_plain_one(filters, stride, dtype, tolerance):
+    kwargs, images, kernel = of_large(filters, stride, dtype)
+    found, expected = (products(partial(f, **kwargs), images, kernel)[2].astype(jnp.float32) for f in (convolution, plain))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * abs(expected).max())
+
+
+@pytest.mark.usefixtures("on_cpu")
+@LARGE
+def test_few_windows_of_a_kernel_gradient_are_there_at_once(filters, stride, dtype, tolerance):
+    """Of nine, which XLA would cut out first of all: without waiting, 7 to 9 windows beside what is padded and turned."""
+    kwargs, images, kernel = of_large(filters, stride, dtype)
+    output = convolution(images, kernel, **kwargs)
+
+    def gradient(images, cotangent):
+        return jax.vjp(lambda kernel: convolution(images, kernel, **kwargs), kernel)[1](cotangent)
+
+    temporary = jax.jit(gradient).lower(images, output).compile().memory_analysis().temp_size_in_bytes
+    window = output.size // filters * images.shape[3] * images.itemsize
+    assert temporary - images.nbytes - output.nbytes < 4 * window
+
+
 @pytest.mark.usefixtures("on_cpu")  # elsewhere they are rounded before
 @pytest.mark.parametrize("kind", TRANSFORMED)
 def test_sums_that_are_not_rounded(kind):

@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from cnnfamily.models import cpu_forms as cpu
 from cnnfamily.models import onednn
-from cnnfamily.models.geometry import Geometry, flat, is_narrow, pad, seen_by_taps, spread, strided, sum_dtype
+from cnnfamily.models.geometry import Geometry, flat, is_narrow, pad, spread, strided, sum_dtype
 
 # Channels and filters of a 1x1 convolution, filters of one of few channels; of others both, and the sides of its output.
 FEWEST, FEWEST_OF_OTHERS, SMALLEST = 16, 24, 7
@@ -85,14 +85,20 @@ def to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
         return product.reshape(rows, columns, channels, filters)
     if channels <= cpu.MOST_FEW or rows * columns > MOST_TAPS:
         return cpu.ordered_to_kernel(images, cotangent, geometry)
-    padded = pad(images, geometry.padding)
     if geometry.stride == (1, 1):
-        by_columns = _side_by_side([padded[:, :, column : column + width] for column in range(columns)])
+        padded = pad(images, geometry.padding)
+        # They wait for the cotangent: `cpu.of_windows`. Temporary memory of VGG16's step, batch 16, float32, 3,635 to 2,841
+        # MiB, of ResNet-50's 1,702 to 1,475; 1.20 (0.99 to 1.41, n = 7) and 1.08 times as fast (0.78 to 1.61, n = 21; Zen 3).
+        seen = (*padded.shape[:2], width, channels)
+        by_columns = _side_by_side([cpu.slice_after(cotangent, padded, (0, 0, first, 0), seen) for first in range(columns)])
         by_rows = _side_by_side([pad(cotangent, ((row, rows - 1 - row), (0, 0))) for row in range(rows)])
         product = onednn.product(flat(by_columns), flat(by_rows), images.dtype, left_turned=True)
         return product.reshape(columns, channels, rows, filters).transpose(2, 0, 1, 3)
-    windows = seen_by_taps(padded, geometry.kernel_size, geometry.stride, geometry.output_size)
-    products = [onednn.product(flat(window), flat(cotangent), images.dtype, left_turned=True) for window in windows]
+
+    def product(window: Array) -> Array:
+        return onednn.product(flat(window), flat(cotangent), images.dtype, left_turned=True)
+
+    products = cpu.of_windows(product, images, cotangent, geometry)
     return jnp.stack(products).reshape(rows, columns, channels, filters)
 
 
