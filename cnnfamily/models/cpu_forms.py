@@ -273,11 +273,13 @@ def of_windows(product: Callable[[Array], Array], images: Array, cotangent: Arra
     Training, batch 16, 224 pixels, two cores of a Zen 3, JAX 0.10.2, in turn with nothing that waits: MiB of temporary memory,
     and how often as fast (medians by round, smallest and largest, n = 5 to 11):
 
-        VGG16                 5,175 to 2,903   1.24 (1.03, 1.27), and the most resident 12,895 to 5,685
+        VGG16                 5,175 to 2,903   1.24 (1.03, 1.27)
         ResNet-50             1,829 to 1,489   1.03 (0.66, 1.33)
         ResNet-50, bfloat16   1,200 to 1,044   0.98 (0.97, 1.06); with one product at once 0.90 (0.85, 0.93)
         GoogLeNet               884 to 644     1.01 (0.68, 1.54), 1.12 (0.87, 1.27)
         GoogLeNet, bfloat16     587 to 469     1.02 (0.99, 1.02)
+        VGG16, ResNet-50 and GoogLeNet, JAX 0.12.0.1
+                              3,099, 1,489 and 644 for the same; 0.96 (0.92, 1.15), 0.97 (0.90, 1.28), 1.08 (0.83, 1.24)
 
     With padded images that wait too: 2,660, 1,409 and 611 in float32, and 0.94 (0.87, 1.00), 1.01 and 1.02 times as fast as so.
     XLA's other scheduler (`--xla_cpu_enable_concurrency_optimized_scheduler=false`) does this to all operations: without this,
