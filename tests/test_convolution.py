@@ -1,6 +1,7 @@
 """The convolution against `lax.conv_general_dilated`: values, gradients, and what is compiled for each platform."""
 
 import itertools
+import math
 import sys
 from functools import partial
 
@@ -12,6 +13,7 @@ from conftest import mesh_of
 from jax import export, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from cnnfamily.models import cpu_forms
 from cnnfamily.models.convolution import convolution, in_a_branch, matrix_product
 from cnnfamily.models.cpu_forms import channel_sums
 
@@ -377,6 +379,23 @@ def test_few_windows_of_a_kernel_gradient_are_there_at_once(filters, stride, dty
     temporary = jax.jit(gradient).lower(images, output).compile().memory_analysis().temp_size_in_bytes
     window = output.size // filters * images.shape[3] * images.itemsize
     assert temporary - images.nbytes - output.nbytes < 4 * window
+
+
+WIDE = pytest.param("wide", 80, marks=pytest.mark.full)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(("kind", "channels"), [("strided", 20), ("by images", 40), WIDE])
+def test_windows_that_wait_under_transformations(kind, channels, monkeypatch):
+    """Of channels of its own, for what has been traced before is not traced again."""
+    slices = []
+    monkeypatch.setattr(cpu_forms, "LEAST_IN_TURN", 0)
+    monkeypatch.setattr(cpu_forms, "slice_after", lambda *given, wait=cpu_forms.slice_after: slices.append(1) or wait(*given))
+    monkeypatch.setitem(KINDS, kind, {**KINDS[kind], "channels": channels})
+    test_the_gradient_of_the_gradient(kind)
+    test_vmap_over_images_and_kernels(kind)
+    test_shard_map_sums_the_kernel_gradient_over_devices(kind, check_vma=True)
+    assert len(slices) >= 3 * math.prod(KINDS[kind]["taps"])
 
 
 @pytest.mark.usefixtures("on_cpu")  # elsewhere they are rounded before
