@@ -13,7 +13,7 @@ from conftest import mesh_of
 from jax import export, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from cnnfamily.models import cpu_forms
+from cnnfamily.models import cpu_windows
 from cnnfamily.models.convolution import convolution, in_a_branch, matrix_product
 from cnnfamily.models.cpu_forms import channel_sums
 
@@ -389,8 +389,10 @@ WIDE = pytest.param("wide", 80, marks=pytest.mark.full)
 def test_windows_that_wait_under_transformations(kind, channels, monkeypatch):
     """Of channels of its own, for what has been traced before is not traced again."""
     slices = []
-    monkeypatch.setattr(cpu_forms, "LEAST_IN_TURN", 0)
-    monkeypatch.setattr(cpu_forms, "slice_after", lambda *given, wait=cpu_forms.slice_after: slices.append(1) or wait(*given))
+    monkeypatch.setattr(cpu_windows, "LEAST_IN_TURN", 0)
+    monkeypatch.setattr(
+        cpu_windows, "slice_after", lambda *given, wait=cpu_windows.slice_after: slices.append(1) or wait(*given)
+    )
     monkeypatch.setitem(KINDS, kind, {**KINDS[kind], "channels": channels})
     test_the_gradient_of_the_gradient(kind)
     test_vmap_over_images_and_kernels(kind)

@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from cnnfamily.models import cpu_forms as cpu
 from cnnfamily.models import onednn
+from cnnfamily.models.cpu_windows import of_windows, slice_after
 from cnnfamily.models.geometry import Geometry, flat, is_narrow, pad, spread, strided, sum_dtype
 
 # Channels and filters of a 1x1 convolution, filters of one of few channels; of others both, and the sides of its output.
@@ -87,10 +88,10 @@ def to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
         return cpu.ordered_to_kernel(images, cotangent, geometry)
     if geometry.stride == (1, 1):
         padded = pad(images, geometry.padding)
-        # They wait for the cotangent: `cpu.of_windows`. Temporary memory of VGG16's step, batch 16, float32, 3,635 to 2,841
+        # They wait for the cotangent: `of_windows`. Temporary memory of VGG16's step, batch 16, float32, 3,635 to 2,841
         # MiB, of ResNet-50's 1,702 to 1,475; 1.20 (0.99 to 1.41, n = 7) and 1.08 times as fast (0.78 to 1.61, n = 21; Zen 3).
         size = padded.shape[1], width
-        by_columns = _side_by_side([cpu.slice_after(cotangent, padded, (0, first), size) for first in range(columns)])
+        by_columns = _side_by_side([slice_after(cotangent, padded, (0, first), size) for first in range(columns)])
         by_rows = _side_by_side([pad(cotangent, ((row, rows - 1 - row), (0, 0))) for row in range(rows)])
         product = onednn.product(flat(by_columns), flat(by_rows), images.dtype, left_turned=True)
         return product.reshape(columns, channels, rows, filters).transpose(2, 0, 1, 3)
@@ -98,7 +99,7 @@ def to_kernel(images: Array, cotangent: Array, geometry: Geometry) -> Array:
     def product(window: Array) -> Array:
         return onednn.product(flat(window), flat(cotangent), images.dtype, left_turned=True)
 
-    products = cpu.of_windows(product, images, cotangent, geometry)
+    products = of_windows(product, images, cotangent, geometry)
     return jnp.stack(products).reshape(rows, columns, channels, filters)
 
 
