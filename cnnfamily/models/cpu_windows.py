@@ -1,20 +1,22 @@
 """How the gradient of a kernel reads the images on a CPU: window by window, each once the memory of those before is free."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from cnnfamily.models.geometry import Geometry, Pair, pad, seen_by_taps, strided
+from cnnfamily.models.geometry import Geometry, Pair, extent, pad, seen_by_taps, strided
 
 # Bytes of a window that waits, fewer of which save nothing, and how many products may be under way.
 LEAST_IN_TURN, AT_ONCE = 2**20, 2
 
 
 def of_windows(product: Callable[[Array], Array], images: Array, cotangent: Array, geometry: Geometry) -> list[Array]:
-    """`product` of what each tap sees of the images: once there is a cotangent, and of few large windows at once.
+    """`product` of what each tap sees of the images, `[batch, *outputs, channels]`, in row-major order of the taps.
+
+    Once there is a cotangent, and of few large windows at once.
 
     XLA's CPU compiler schedules an operation as early as it can, so all nine windows would be there at once, as large as the
     images each, and from the forward pass on. So where a window begins depends on the product before the last one.
@@ -37,14 +39,14 @@ def of_windows(product: Callable[[Array], Array], images: Array, cotangent: Arra
     padded, outputs = pad(images, geometry.padding), geometry.output_size
     if images.shape[0] * math.prod(outputs) * images.shape[3] * images.dtype.itemsize < LEAST_IN_TURN:
         return [product(window) for window in seen_by_taps(padded, geometry.kernel_size, geometry.stride, outputs)]
-    extent = [(count - 1) * step + 1 for count, step in zip(outputs, geometry.stride, strict=True)]
     products = [cotangent] * AT_ONCE
     for row, column in np.ndindex(*geometry.kernel_size):
-        products.append(product(strided(slice_after(products[-AT_ONCE], padded, (row, column), extent), geometry.stride)))
+        window = slice_after(products[-AT_ONCE], padded, (row, column), extent(outputs, geometry.stride))
+        products.append(product(strided(window, geometry.stride)))
     return products[AT_ONCE:]
 
 
-def slice_after(x: Array, images: Array, start: Pair, size: Sequence[int]) -> Array:
+def slice_after(x: Array, images: Array, start: Pair, size: Pair) -> Array:
     """`size` rows and columns of `images` from `start` on, once there is `x`: a 0 is added to it that XLA does not know."""
     zero = (x[(0,) * x.ndim] > jnp.inf).astype(jnp.int32)
     row, column = (np.int32(first) + zero for first in start)

@@ -50,12 +50,17 @@ class Side(NamedTuple):
 def seen_by_taps(padded: Array, kernel_size: Pair, stride: Pair, outputs: Pair) -> list[Array]:
     """For each tap, in row-major order, the pixels that it multiplies: [batch, *outputs, channels]."""
     batch, channels = padded.shape[0], padded.shape[3]
-    last = [(count - 1) * step + 1 for count, step in zip(outputs, stride, strict=True)]
+    rows, columns = extent(outputs, stride)
     return [
-        lax.slice(padded, (0, r, c, 0), (batch, r + last[0], c + last[1], channels), (1, *stride, 1))
+        lax.slice(padded, (0, r, c, 0), (batch, r + rows, c + columns, channels), (1, *stride, 1))
         for r in range(kernel_size[0])
         for c in range(kernel_size[1])
     ]
+
+
+def extent(outputs: Pair, stride: Pair) -> Pair:
+    """From the first pixel that a tap multiplies to the last: how many rows and columns."""
+    return tuple((count - 1) * step + 1 for count, step in zip(outputs, stride, strict=True))
 
 
 def pad(images: Array, padding: tuple[Pair, Pair], between: Pair = (0, 0)) -> Array:

@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 from flax.errors import ScopeParamShapeError
 
-# Of one draw. The generator's own arrays are three times as large as what it gives, and 4^14 numbers were drawn for the
+# The most numbers of one draw. The generator's arrays are three times as large as what it gives, and 4^14 were drawn for the
 # 102.8 million of VGG16's first linear layer: its `initialize` took 30 s and 7.8 or 6.8 GB at most, and takes 6.8 and 2.2, and
 # AlexNet's 9 s and 2.0 GB, now 5.5 and 1.1 (two Zen 3 cores, JAX 0.10.2, malloc as in our commands, two of each in turn).
 MOST_DRAWN = 4**12
