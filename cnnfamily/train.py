@@ -92,6 +92,7 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
         loggers = boards.chosen(config)
         mesh = parallel.data_mesh()
         data = feed.load_data(config)
+        runlog.check_data(workdir, data)
         train = stack.enter_context(contextlib.closing(feed.TrainFeed(data, config, mesh)))
         test = stack.enter_context(contextlib.closing(feed.TestFeed(data, config, mesh)))
         total_steps = round(optim.duration(config, "total", train.steps_per_epoch))
@@ -152,7 +153,6 @@ def run_training(config: ConfigDict, workdir: str | Path, *, quiet: bool = False
             first.result()
 
         # Run directory: nothing is written before everything above has been accepted
-        runlog.check_data(workdir, data)
         runlog.claim(workdir, config)
         stack.enter_context(stop)  # left last: a save that is under way is awaited inside it
         stack.enter_context(checkpoint.resumable(workdir))

@@ -145,6 +145,7 @@ def test_optimized_inference_by_layer(capsys, monkeypatch):
     assert {"c1", "c3", "c5"} <= {layer["name"] for layer in row["by_layer"]}
 
 
+@pytest.mark.full
 def test_training_by_onednn_by_layer(on_cpu):
     """In the profile a call of oneDNN has another name than in the program's text, and finds its layer all the same."""
     if missing := onednn.missing("float32"):

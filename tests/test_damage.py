@@ -218,6 +218,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_the_one_without(finished, run, 
 # Faults of the disk
 
 
+@pytest.mark.full
 def test_a_run_through_a_full_disk_and_a_moved_directory_ends_as_the_one_without(
     finished, tmp_path, largest_file, monkeypatch, caplog
 ):
@@ -262,6 +263,7 @@ def test_checkpoints_that_vanish_are_not_made_anew(steps):
     assert {path.name for path in steps.parent.iterdir()} == {"away"}
 
 
+@pytest.mark.full
 def test_a_folder_that_cannot_be_made_does_not_keep_the_process_waiting(steps):
     code = f"""import errno, os, pathlib, test_checkpoint
 from cnnfamily import checkpoint

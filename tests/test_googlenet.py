@@ -90,6 +90,7 @@ def test_auxiliary_classifiers_are_there_in_training_and_gone_in_evaluation():
     np.testing.assert_allclose(jax.jit(small().apply)(without | kept, images), logits, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_the_loss_has_a_share_of_each_auxiliary_classifier(x64):
     """One step by the training code against the loss written out; and the gradient reaches the head (both: test_parity.py)."""
     fields = {"in_channels": 1, "batch_norm": False, "transform_input": False, "dtype": "float64"}

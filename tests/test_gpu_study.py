@@ -95,6 +95,7 @@ def test_a_step_that_is_done_is_not_done_again_and_one_that_failed_is(drive, tmp
     assert (tmp_path / "tree/results/one.txt").read_text() == "one\n"
 
 
+@pytest.mark.full
 def test_a_step_over_its_time_is_stopped_and_goes_on_when_others_have_left_some(drive, tmp_path):
     # It saves when asked to, as cnnfamily's commands do, and is done the second time.
     resumable = "test -e saved && exit 0; trap 'touch saved; exit 143' TERM; while :; do sleep 0.05; done"
@@ -107,6 +108,7 @@ def test_a_step_over_its_time_is_stopped_and_goes_on_when_others_have_left_some(
     assert first["at"] <= driver.state["short"]["sessions"][0]["at"] <= second["at"], "what is left is for those not done"
 
 
+@pytest.mark.full
 def test_a_step_that_does_not_end_when_asked_is_ended_with_all_that_it_started(drive, tmp_path):
     stubborn = "trap '' TERM; setsid sleep 60 & echo $! > orphan; while :; do sleep 0.05; done"
     start = time.monotonic()

@@ -152,7 +152,7 @@ def test_shapes_are_traced_without_a_draw_and_by_the_plain_convolution_alone(mon
 
 OF_MODULES = [
     ("resnet20_cifar", {"depth": 0.34}),
-    ("googlenet", {"width": 0.125, "aux": True}),
+    pytest.param("googlenet", {"width": 0.125, "aux": True}, marks=pytest.mark.full),
     ("airbench94", {"width": 0.25}),
     ("lenet5_1998", {"output": "linear"}),
 ]

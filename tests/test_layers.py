@@ -159,7 +159,7 @@ def test_in_evaluation_a_sum_is_rounded_once():
     assert np.mean(output == expected) > 0.99
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", [pytest.param("efficientnet_b0", marks=pytest.mark.full), "mobilenet_v3_small"])
 def test_in_evaluation_squeeze_and_excitation_sees_what_is_not_rounded(name):
     network = create_model(name, dtype="bfloat16")
     streams = {stream: jax.random.key(0) for stream in ("params", "stochastic_depth", "dropout")}

@@ -98,6 +98,7 @@ libc.fclose(ctypes.c_void_p(file))
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs Linux with glibc")
 def test_threads_share_two_arenas_for_every_core(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key not in ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX")}

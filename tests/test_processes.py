@@ -88,12 +88,12 @@ def arguments(workdir, **overrides) -> list[str]:
 
 def test_two_processes_are_one_with_two_devices(start, tmp_path, monkeypatch):
     """Equal bit for bit: the sum of two numbers does not depend on their order, nor an example on where it is."""
-    ours = ends(start(2, "-m", "cnnfamily.train", *arguments(tmp_path / "two")))
+    ours = ends(start(2, "-m", "cnnfamily.train", *arguments(tmp_path / "two", total_epochs=1.0)))
     assert [(status, said(err)) for status, _, err in ours] == [(0, []), (0, [])]
     assert "lenet5 on digits, 2 cpu" in ours[0][1]
     assert "step" not in ours[1][1], "the first process speaks for all"
     monkeypatch.setattr(parallel, "data_mesh", lambda: mesh_of(2))
-    result = train.run_training(short_config(ema__decay=0.95), tmp_path / "one", quiet=True)
+    result = train.run_training(short_config(ema__decay=0.95, total_epochs=1.0), tmp_path / "one", quiet=True)
     assert_equal_states(final_state(tmp_path / "two"), final_state(tmp_path / "one"))
     lines = lines_without_timing(tmp_path / "two")
     assert lines == [pytest.approx(line, rel=1e-6) for line in lines_without_timing(tmp_path / "one")]
@@ -150,7 +150,8 @@ def test_two_processes_share_the_decoding_of_photographs(folder, start, tmp_path
     assert lines[0] == [pytest.approx(line, rel=1e-6) for line in lines[1]]
 
 
-@pytest.mark.parametrize("at", [pytest.param(44, marks=pytest.mark.full), 88])
+@pytest.mark.full
+@pytest.mark.parametrize("at", [44, 88])
 def test_a_signal_during_an_evaluation_leaves_it_to_the_next_start(at, finished, tmp_path, monkeypatch):
     """It is saved at once; the run that goes on evaluates first, and ends as the one that was not stopped, best included."""
     workdir, original = tmp_path / "run", feed.TestFeed.batches
@@ -177,7 +178,8 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_next_start(at, finished,
         assert (ours.newest, ours.best) == (theirs.newest, theirs.best)
 
 
-@pytest.mark.parametrize(("victim", "place", "count"), [(1, "step", 30), pytest.param(0, "pause", 30, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize(("victim", "place", "count"), [(1, "step", 30), (0, "pause", 30)])
 def test_a_process_that_dies_ends_the_other_with_one_line(victim, place, count, start, tmp_path):
     """The second one's death makes a collective fail; the coordinator's makes native code write a page and abort."""
     ours = start(2, STRUCK, victim, place, count, int(signal.SIGKILL), *arguments(tmp_path / "run"))
@@ -241,6 +243,7 @@ def test_ctrl_c_ends_a_process_whose_peer_does_not_come(start, tmp_path):
     assert said(err)[0].startswith("Interrupted: SIGINT: ended at once")
 
 
+@pytest.mark.full
 def test_a_signal_while_compiling_ends_at_once(start, tmp_path):
     command = ["-u", "-m", "cnnfamily.train", "--config=configs/efficientnet_b0.py:digits", f"--workdir={tmp_path / 'run'}"]
     (process,) = start(1, *command, env=NO_CACHE)

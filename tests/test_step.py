@@ -136,6 +136,7 @@ def assert_recorded(steps):
         assert all((a != b).any() for a, b in zip(leaves[0], leaves[1], strict=True)), f"{choice} of two steps"
 
 
+@pytest.mark.full
 def test_update_of_a_resnet_is_the_same_on_any_number_of_devices(x64):
     one, four = (train(devices, stage_sizes=(1,), norm_group=8, stochastic_depth_form="batch") for devices in (1, 4))
     assert_same(one, four)

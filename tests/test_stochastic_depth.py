@@ -284,7 +284,8 @@ def convolutions_inside_conditionals(hlo):
 
 
 @pytest.mark.parametrize(
-    ("name", "platform"), [("efficientnet_b0", "cpu"), ("resnet20_cifar", "cpu"), ("resnet20_cifar", "cuda")]
+    ("name", "platform"),
+    [pytest.param("efficientnet_b0", "cpu", marks=pytest.mark.full), ("resnet20_cifar", "cpu"), ("resnet20_cifar", "cuda")],
 )
 def test_what_stands_in_the_conditional(name, platform):
     """All convolutions of a branch; on a CPU in the order of dimensions for which XLA has fast code there (TPU as GPU)."""

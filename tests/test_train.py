@@ -119,6 +119,7 @@ def test_killed_run_ends_as_the_one_that_was_not(finished, tmp_path, monkeypatch
     assert lines_without_timing(workdir) == lines_without_timing(finished[0])
 
 
+@pytest.mark.full
 def test_a_split_too_large_for_the_device_gives_the_same_run(finished, tmp_path):
     train.run_training(short_config(ema__decay=0.95, data__device_megabytes=0), tmp_path / "run", quiet=True)
     assert_equal_states(final_state(tmp_path / "run"), final_state(finished[0]))
