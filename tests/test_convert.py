@@ -66,6 +66,7 @@ def test_the_field_that_differs_is_found(name, fields, layer):
     assert len(lines) == 2
 
 
+@pytest.mark.full
 def test_two_differences_are_found_one_after_the_other():
     network, variables = network_of("resnet50")
     theirs = recorded(network.clone(stride_on="1x1"), variables, IMAGES[..., ::-1])

@@ -86,10 +86,9 @@ def test_a_flipped_byte_a_truncation_and_a_deletion_are_found_in_every_file(run)
     assert disk.damage(folder) is None
     for path in files:
         name, content = path.relative_to(folder).as_posix(), path.read_bytes()
-        for seed in range(3):
-            flip(path, seed)
-            assert disk.damage(folder) == f"{name} has changed"
-            path.write_bytes(content)
+        flip(path, len(name))
+        assert disk.damage(folder) == f"{name} has changed"
+        path.write_bytes(content)
         truncate(path)
         assert disk.damage(folder) == f"{name} has changed"
         path.unlink()

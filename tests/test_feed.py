@@ -195,7 +195,7 @@ class Scores(nn.Module):
         return nn.Dense(3, kernel_init=nn.initializers.normal(1.0))(x.reshape(len(x), -1))
 
 
-@pytest.mark.parametrize("crops", [1, 2, 10])
+@pytest.mark.parametrize("crops", [pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full), 10])
 def test_probabilities_are_means_over_the_views(crops):
     config = config_for(**{"evaluate.crops": crops, "data.resolution": 16})
     network, sums = Scores(), 0.0

@@ -1,4 +1,4 @@
-"""Forty cases of `fuzz.py`, and that it finds what it looks for."""
+"""Fifty cases of `fuzz.py`, and that it finds what it looks for."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ from cnnfamily import errors, parallel
 
 def test_bad_input_at_large(tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "data_mesh", lambda: mesh_of(1))  # as by hand, and quicker than on eight
-    ends, wrong = fuzz.fuzz(seed=2, numbers=range(40), folder=tmp_path)
+    ends, wrong = fuzz.fuzz(seed=2, numbers=range(50), folder=tmp_path)
     assert not wrong, "\n".join(wrong)
     kinds = {kind for kind, _ in ends}
     assert kinds == {"overrides", "command line", "config file", "damaged run", "summary", "predict", "evaluate"}

@@ -52,8 +52,8 @@ def entries(tmp_path):
     return sorted((tmp_path / "cache/cnnfamily/programs").glob("*/*-cache"))
 
 
-@pytest.mark.parametrize("cut", [False, pytest.param(True, marks=pytest.mark.full)])
-def test_a_second_start_reads_what_the_first_has_compiled_to_the_same_bits(cut, tmp_path):
+@pytest.mark.full  # what the command keeps, test_untraced.py
+def test_a_second_start_reads_what_the_first_has_compiled_to_the_same_bits(tmp_path):
     (_, written), said, expected = start(tmp_path, "first")
     assert said == ""
     assert len(entries(tmp_path)) == written > 10
@@ -61,8 +61,6 @@ def test_a_second_start_reads_what_the_first_has_compiled_to_the_same_bits(cut, 
     assert (second[1], said, rows) == (0, "", expected)
     assert second[0] >= written
 
-    if not cut:
-        return
     # An entry that a crash or a full disk has cut short is said in one line, and replaced.
     damaged = next(entry for entry in entries(tmp_path) if entry.name.startswith("jit_train_step"))
     whole = damaged.stat().st_size

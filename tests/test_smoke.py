@@ -29,6 +29,7 @@ def trains_dies_and_goes_on(config, dies_at_3, workdir):
     assert all(np.isfinite(row["train_loss"]) for row in rows if "train_loss" in row)
 
 
+@pytest.mark.full
 def test_efficientnet_with_everything_on(dies_at_3, tmp_path, monkeypatch):
     """Averages, accumulation, groups over several devices, AutoAugment, stochastic depth, dropout, bfloat16."""
     monkeypatch.setattr(parallel, "data_mesh", lambda: mesh_of(8))

@@ -76,7 +76,7 @@ def test_nothing_of_our_layers_is_left_in_the_plain_form(name):
 
 
 @pytest.mark.parametrize("which", ["ours", "plain"])
-@pytest.mark.parametrize("mode", ["train", "infer"])
+@pytest.mark.parametrize("mode", ["train", pytest.param("infer", marks=pytest.mark.full)])
 def test_a_side_answers_for_its_own_layers(which, mode, monkeypatch):
     made, answers = [], []
     conv = plain.conv

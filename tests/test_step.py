@@ -183,17 +183,19 @@ def test_dropped_blocks_and_crops_follow_the_position(x64):
     assert np.abs(moved - part).max() > 1e-3
 
 
-def test_averages_follow_their_formula(x64):
+@pytest.mark.parametrize(
+    ("warmup", "decays"), [pytest.param(False, (0.15, 0.15, 0.15), marks=pytest.mark.full), (True, (0.1, 0.15, 0.15))]
+)
+def test_averages_follow_their_formula(warmup, decays, x64):
     """Three steps by hand: decay 0.15, but at most (1 + step) / (10 + step) with warm-up, which binds at the first step."""
     network, optimizer, mesh = OneLayer(), optax.sgd(0.05), mesh_of(1)
-    for warmup, decays in ((False, (0.15, 0.15, 0.15)), (True, (0.1, 0.15, 0.15))):
-        state = create_state(initialize(network, jax.random.key(1), resolution=8), optimizer, ema=True)
-        update = update_of(network, mesh, optimizer, ema_decay=0.15, ema_warmup=warmup)
-        expected = jax.device_get(state.params["classifier"]["kernel"])
-        for step, decay in enumerate(decays):
-            state, _ = update(state, batch_of(step, 1), {})
-            expected = decay * expected + (1 - decay) * np.asarray(state.params["classifier"]["kernel"])
-        np.testing.assert_allclose(state.ema["params"]["classifier"]["kernel"], expected, rtol=1e-6)
+    state = create_state(initialize(network, jax.random.key(1), resolution=8), optimizer, ema=True)
+    update = update_of(network, mesh, optimizer, ema_decay=0.15, ema_warmup=warmup)
+    expected = jax.device_get(state.params["classifier"]["kernel"])
+    for step, decay in enumerate(decays):
+        state, _ = update(state, batch_of(step, 1), {})
+        expected = decay * expected + (1 - decay) * np.asarray(state.params["classifier"]["kernel"])
+    np.testing.assert_allclose(state.ema["params"]["classifier"]["kernel"], expected, rtol=1e-6)
 
 
 def test_store_and_sent_images_give_the_same_update(x64):
@@ -211,6 +213,7 @@ def test_store_and_sent_images_give_the_same_update(x64):
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
 
 
+@pytest.mark.full
 def test_mirrored_images_are_turned_before_all_else_on_any_number_of_devices(x64):
     network, optimizer = OneLayer(), optax.sgd(0.05)
     state = create_state(initialize(network, jax.random.key(1), resolution=8), optimizer, ema=False)
