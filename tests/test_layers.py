@@ -236,7 +236,9 @@ def on_devices(step, devices, *operands, outputs):
 
 
 @pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.full) for n in (1, 2)), 4])
-@pytest.mark.parametrize("group", [2, 4, 8, 0])  # on 4 devices of 2 examples: one device, two, all
+@pytest.mark.parametrize(
+    "group", [2, pytest.param(4, marks=pytest.mark.full), 8, pytest.param(0, marks=pytest.mark.full)]
+)  # on 4 devices of 2 examples: one device, two, all
 def test_batch_norm_is_the_same_function_on_any_number_of_devices(x64, devices, group):
     x = np.float64(draw(8, 2, 2, 2))
     target = np.float64(draw(8, 2, 2, 2, seed=1))

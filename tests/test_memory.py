@@ -24,6 +24,7 @@ print(sys.argv[1:], (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc" or not SETTING.exists() or "[madvise]" not in SETTING.read_text(),
     reason="needs Linux with glibc that leaves huge pages to programs",

@@ -273,7 +273,7 @@ BATCH = 8
 
 
 # The others' blocks and layers are these, or have tests of their own.
-IN_THE_SUITE = ("lenet5", "resnet", "mobilenet_v3", "efficientnet")
+IN_THE_SUITE = ("lenet5", "resnet", "efficientnet")
 PARAMS = [pytest.param(name, marks=[pytest.mark.full] * (name not in IN_THE_SUITE)) for name in SMALL]
 
 

@@ -278,6 +278,7 @@ def test_the_same_images_from_tfds_give_the_same_bits(folder, trained, tmp_path)
     assert_equal_runs(tmp_path / "run", trained[0])
 
 
+@pytest.mark.full
 def test_a_run_that_was_stopped_ends_with_the_same_bits(folder, trained, tmp_path, monkeypatch):
     workdir, original, config = tmp_path / "run", feed.TrainFeed.make_batch, training_config(f"folder:{folder}")
 

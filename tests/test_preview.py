@@ -37,6 +37,7 @@ def test_the_images_are_those_of_the_step():
             assert f"{max(share, 1 - share):.0%}" in name
 
 
+@pytest.mark.full
 def test_a_picture_of_photographs(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     config = training_config(f"folder:{folder}", **{"augment.policy": "randaugment"})
     monkeypatch.setattr(configs, "load_config", lambda path, overrides: config)
