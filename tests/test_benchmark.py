@@ -112,6 +112,7 @@ def test_by_layer_names_layers_and_shares_sum_to_one(found):
     assert row["by_layer"] == sorted(row["by_layer"], key=lambda layer: -(layer["forward"] + layer["backward"]))
 
 
+@pytest.mark.full
 def test_inference_and_training_are_the_products_own():
     network = create_model("lenet5")
     one, two = (benchmark.inference(network, 4, mesh=mesh_of(devices)) for devices in (1, 2))

@@ -82,6 +82,7 @@ def test_networks_that_agree_are_said_to():
     assert list(convert.explain(network, variables, theirs, "timm")) == [f"all {len(theirs) - 1} layers agree to 0.0e+00"]
 
 
+@pytest.mark.full
 def test_what_no_convention_explains_is_said():
     network, variables = network_of("resnet50")
     theirs = recorded(network, variables)

@@ -226,6 +226,7 @@ def test_a_second_ctrl_c_ends_at_once_even_while_another_process_hangs(start, tm
     assert said(err)[0].startswith("Interrupted: SIGINT: ended at once")
 
 
+@pytest.mark.full
 def test_ctrl_c_ends_a_process_whose_peer_does_not_come(start, tmp_path):
     """JAX waits for it in native code, for five minutes."""
     first, second = start(2, "-m", "cnnfamily.train", *arguments(tmp_path / "run"))

@@ -311,6 +311,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
         cnnfamily.load_pretrained(network, {}, num_clases=3)
 
 
+@pytest.mark.full
 def test_a_googlenet_of_other_kernels_is_told_so():
     """Its input transform takes three channels only, which must not get in the way of finding the first convolution."""
     arrays = weights.state_dict(network := create_model("googlenet"), initialize(network, jax.random.key(0)))
